@@ -1,0 +1,827 @@
+"""Fast-dLLM v2 (arXiv 2509.26328) in one file: a Qwen2 language model that writes several tokens per forward pass.
+
+An autoregressive model, fine-tuned a little, becomes a block-diffusion model: text is written block by block, a block
+starts as masks, each pass guesses all masked positions of a sub-block at once, and every guess above a confidence
+threshold is kept. Finished blocks stay in a KV cache as in any autoregressive model. With block size 1 it *is* one.
+
+    from fastdllm import Decoding, generate, load
+
+    model, tokenizer = load("tiny/checkpoint")
+    prompt = tokenizer.chat([{"role": "user", "content": "Mia has 12 apples. She buys 7 more. How many now?"}])
+    [result] = generate(model, [prompt], Decoding(threshold=0.9))
+    print(tokenizer.decode(result.tokens))
+
+Shapes: B rows of a batch, T positions of a window, S keys seen, D hidden size, H query heads, K key/value heads,
+d head size, V vocabulary. Positions are absolute and start at 0; block k covers positions [k * size, (k + 1) * size).
+
+The file needs torch, safetensors and tokenizers only, and works when copied alone.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Encoder
+from torch import Tensor, nn
+
+
+class InputError(ValueError):
+    """What the caller gave cannot work; the message is one sentence that says what is wrong and what would work."""
+
+
+def require(ok: object, sentence: str) -> None:
+    if not ok:
+        raise InputError(sentence)
+
+
+def round_up(n: int, size: int) -> int:
+    """The first multiple of `size` that is not below `n`."""
+    return -(-n // size) * size
+
+
+# --- Config ---
+
+SHAPE_KEYS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings"
+).split()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape and special ids of a checkpoint, under the names of its `config.json` where it has them."""
+
+    vocab_size: int  # rows of the embedding; the tokenizer may use fewer
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+    block_size: int = 1  # `bd_size`: the diffusion block that was trained; 1 is a plain autoregressive Qwen2
+    mask_token_id: int | None = None  # the id that stands for "not yet known"; an autoregressive model has none
+    stop_token_ids: tuple[int, ...] = ()  # `eos_token_id`
+    tokenizer_size: int | None = None  # ids from here on are padding rows of the embedding and are never guessed
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Config":
+        """From the contents of `config.json`. Raises InputError where it contradicts itself or asks for more."""
+        raw = {"bd_size": 1} | {key: value for key, value in raw.items() if value is not None}
+        rope = raw.get("rope_parameters", {})  # newer Transformers keep rope_theta in here
+        if type(raw.get("hidden_size")) is type(heads := raw.get("num_attention_heads")) is int and heads > 0:
+            ok = "head_dim" in raw or raw["hidden_size"] % heads == 0
+            require(ok, f"config.json: hidden_size {raw['hidden_size']} does not divide by {heads} heads.")
+            raw.setdefault("head_dim", raw["hidden_size"] // heads)
+        for key in [*SHAPE_KEYS, "bd_size"]:
+            ok = type(raw.get(key)) is int and raw[key] > 0
+            require(ok, f"config.json: {key} is {raw.get(key)!r}, it must be a positive integer.")
+        groups, vocab, mask = raw["num_key_value_heads"], raw["vocab_size"], raw.get("mask_token_id")
+        kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
+        plain = not raw.get("rope_scaling") and rope.get("rope_type", "default") == "default"
+        sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", [])
+        for ok, problem in [
+            (kind in ("qwen2", "Fast_dLLM_Qwen"), f"model_type is {kind!r}, only qwen2 and Fast_dLLM_Qwen are built"),
+            (activation == "silu", f"hidden_act is {activation!r}, only silu is built"),
+            (plain, "rope_scaling is set, and scaled rotary positions are not built; set it to null"),
+            (not sliding, "use_sliding_window is set, and sliding windows are not built; set it to false"),
+            (heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"),
+            (raw["head_dim"] % 2 == 0, f"head_dim is {raw['head_dim']}, rotary positions need an even one"),
+            (mask is None or 0 <= mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
+        ]:
+            require(ok, f"config.json: {problem}.")
+        stop = raw.get("eos_token_id", [])
+        return cls(
+            **{key: raw[key] for key in SHAPE_KEYS},
+            rms_norm_eps=raw.get("rms_norm_eps", cls.rms_norm_eps),
+            rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),  # Transformers' default
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            block_size=raw["bd_size"],
+            mask_token_id=mask,
+            stop_token_ids=tuple(stop) if isinstance(stop, list) else (stop,),
+        )
+
+    def to_dict(self) -> dict:
+        """The contents of `config.json`: the published keys, and `mask_token_id`. A plain Qwen2 at block size 1."""
+        adapted = self.block_size > 1
+        raw = {
+            "architectures": ["Fast_dLLM_QwenForCausalLM" if adapted else "Qwen2ForCausalLM"],
+            "model_type": "Fast_dLLM_Qwen" if adapted else "qwen2",
+            **{key: getattr(self, key) for key in (*SHAPE_KEYS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")},
+            "hidden_act": "silu",
+            "eos_token_id": self.stop_token_ids[0] if len(self.stop_token_ids) == 1 else list(self.stop_token_ids),
+            "mask_token_id": self.mask_token_id,
+            "bd_size": self.block_size if adapted else None,
+        }
+        return {key: value for key, value in raw.items() if value not in (None, [])}
+
+
+# --- Mask ---
+
+CAUSAL = "causal"  # block size 1 from position 0 on: the kernel knows this mask, no tensor is needed
+
+
+def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
+    """May the query at position a see the key at position b? Where a // size >= b // size (paper, section 3).
+
+    Bidirectional inside a block, causal between blocks; queries (..., T) and keys (S) give (..., T, S) bool.
+    """
+    return queries[..., None] // block_size >= keys // block_size
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v; q (B, H, T, d), k and v (B, K, S, d), key head h serves H / K query heads.
+
+    mask: None, every query sees every key; CAUSAL; or bool, broadcast to (B, H, T, S).
+    """
+    causal = isinstance(mask, str)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if causal else mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+# --- Cache ---
+
+
+class KVCache:
+    """Keys and values of every position of every row, allocated once and written in place.
+
+    One slot a position: a slot holds what the last pass over its position wrote. Committed blocks (paper, section 4)
+    are the slots that no later pass runs again; the sub-block cache (DualCache) is the slots of the block in work.
+    """
+
+    def __init__(self, config: Config, rows: int, length: int, like: Tensor):
+        shape = config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+
+    def update(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, read) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, T, d) at rows (B, 1) and positions (B, T); the slots `read`, as (B, K, S, d)."""
+        for cache, new in (self.k[layer], k), (self.v[layer], v):
+            cache[rows, positions] = new.transpose(1, 2)
+        return self.k[layer][read].transpose(1, 2), self.v[layer][read].transpose(1, 2)
+
+    def clear(self, row: int) -> None:
+        """Make a row ready for a new prompt: slots that a mask hides are still read, so they must be finite."""
+        self.k[:, row] = self.v[:, row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another one, so that the rows in use stay the first ones."""
+        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+
+
+# --- Network ---
+# Qwen2 as it is: nothing in the architecture is new. Module names are the checkpoint's tensor names.
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()  # the mean of squares needs more than bfloat16's 8 bits
+        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin tables (B, 1, T, d) of positions (B, T), computed in float32 and cast to dtype."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)
+    angles = torch.cat([angles, angles], dim=-1)  # half-split layout: coordinate i turns with i + d/2
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, heads, T, d)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, store: Callable | None) -> Tensor:
+        B, T, _ = x.shape
+        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if store:
+            k, v = store(k, v)  # (B, K, T, d) written, (B, K, S, d) seen
+        y = attention(q, k, v, mask)  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """A transformer block; called layer, since "block" is always the diffusion block."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, store: Callable | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, store)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """The Qwen2 transformer. Its state dict has exactly the published names."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask, store: Callable | None = None) -> Tensor:
+        """Hidden states (B, T, D) after the last norm, of tokens (B, T) at positions (B or 1, T).
+
+        The caller supplies positions and mask, and `store(layer, k, v)` where keys outside the window are seen too.
+        """
+        x = self.model.embed_tokens(tokens)
+        rope = rotary(positions, self.config, x.dtype)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, mask, partial(store, i) if store else None)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D): row i predicts the token at position i + 1."""
+        return self.lm_head(hidden)
+
+    def window(
+        self, tokens: Tensor, starts: Sequence[int], cache: KVCache, block_size: int, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """One pass over positions [start, start + T) of each row: hidden states (B, T, D), K and V written in place.
+
+        tokens (B, T); row i of the batch stands in row `rows[i]` of the cache (default: i) and begins at `starts[i]`.
+        A query sees all slots up to the end of its own block, so that prefill, denoising, refresh, sub-block and
+        commit passes are this same call on different windows:
+
+                           earlier blocks   block in work
+            prefill        wwwwwwwwwwwwww
+            denoise        rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww
+              sub-block    rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr      w written and read, r only read
+            commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      last row: first token of the next block
+        """
+        B, T = tokens.shape
+        rows = list(range(B)) if rows is None else list(rows)
+        seen = round_up(max(starts) + T, block_size)
+        positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
+        aligned = len(set(starts)) == 1
+        if aligned and starts[0] // block_size == (starts[0] + T - 1) // block_size:
+            mask = None  # the window lies in one block, and every slot that is read is at most that block's
+        elif aligned and starts[0] == 0 and block_size == 1:
+            mask = CAUSAL
+        else:
+            mask = block_causal_mask(positions, torch.arange(seen, device=tokens.device), block_size)[:, None]
+        index = torch.tensor(rows, device=tokens.device)[:, None]  # (B, 1)
+        read = slice(B) if rows == list(range(B)) else index[:, 0]  # a slice reads the past without copying it
+        store = partial(cache.update, rows=index, positions=positions, read=(read, slice(seen)))
+        return self(tokens, positions, mask, store)
+
+
+# --- Guess and accept ---
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities after temperature and top-p, and their token ids, both (N, V), the most probable first.
+
+    A token is dropped where the probability before it already exceeds top_p; the rest is renormalised. Temperature 0
+    leaves the probabilities as they are.
+    """
+    if temperature == 0:
+        temperature, top_p = 1.0, 1.0
+    p, ids = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+    p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
+    return p / p.sum(-1, keepdim=True), ids
+
+
+def guess(logits: Tensor, decoding: "Decoding", draws: Tensor) -> tuple[Tensor, Tensor]:
+    """A token and its confidence for each row of logits (N, V), in float32.
+
+    Temperature 0: the argmax and its softmax probability. Otherwise one draw, by the uniform numbers `draws` (N), and
+    its probability after temperature and top-p.
+    """
+    if decoding.temperature == 0:
+        best, tokens = logits.max(dim=-1)
+        return tokens, (best - logits.logsumexp(-1)).exp()
+    p, ids = nucleus(logits, decoding.temperature, decoding.top_p)
+    kept = (p > 0).sum(-1, keepdim=True)
+    place = torch.searchsorted(p.cumsum(-1), draws[:, None], right=True).minimum(kept - 1)  # rounding may overshoot
+    return ids.gather(1, place)[:, 0], p.gather(1, place)[:, 0]
+
+
+def accept(confidence: list[float], threshold: float) -> list[int]:
+    """Which guesses are kept (paper, section 4): all above the threshold, and always the most confident one.
+
+    Indices into `confidence`, in order; strictly above, and the first one on ties, so that threshold 1 keeps exactly
+    one guess a pass.
+    """
+    best = confidence.index(max(confidence))
+    return [i for i, c in enumerate(confidence) if c > threshold or i == best]
+
+
+# --- Decoding ---
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode; the defaults are the paper's. Raises InputError for values that cannot work."""
+
+    block_size: int | None = None  # tokens denoised together; None: what the checkpoint was trained with; 1: AR
+    sub_block_size: int = 8  # window of a block that is revealed before the next; the default shrinks to smaller blocks
+    threshold: float = 0.9  # reveal guesses of more confidence than this; 1: one token a pass
+    cache: str = "block"  # "none": recompute everything; "block": keep finished blocks; "dual": DualCache too
+    max_new_tokens: int = 512
+    temperature: float = 0.0  # 0: the most probable token
+    top_p: float = 1.0  # nucleus, at temperatures above 0
+    stop_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's; (): none
+    seed: int | None = None  # with a seed, a prompt's tokens depend on nothing but prompt and options
+    batch_size: int = 16  # prompts decoded at the same time
+
+    def __post_init__(self):
+        for names, ok, rule in [
+            ("block_size sub_block_size max_new_tokens batch_size", lambda v: v is None or v >= 1, "be at least 1"),
+            ("threshold top_p", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
+            ("temperature", lambda v: 0 <= v < float("inf"), "be 0 or more"),
+            ("cache", lambda v: v in ("none", "block", "dual"), "be none, block or dual"),
+        ]:
+            for name in names.split():
+                require(ok(getattr(self, name)), f"{name} is {getattr(self, name)!r}, it must {rule}.")
+
+    def resolve(self, config: Config) -> "Decoding":
+        """With the checkpoint's values for what is None. Raises InputError where checkpoint and options clash."""
+        size, sub = self.block_size or config.block_size, self.sub_block_size
+        if sub == Decoding.sub_block_size:
+            sub = min(sub, size)  # only the default shrinks: a size that somebody chose must fit
+        require(size % sub == 0, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
+        adapted = size == 1 or config.mask_token_id is not None
+        require(adapted, "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works.")
+        stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
+        return replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop)
+
+
+@dataclass
+class Pass:
+    """One forward pass over one row's window: what it ran, and once it ran, what came of it."""
+
+    kind: str  # prefill, full, refresh, sub or commit
+    start: int  # the window is [start, start + len(tokens))
+    tokens: list[int]  # its input, masks included
+    guessed: list[int]  # positions guessed, position i from the output at i - 1 (token shift)
+    row: int = 0  # the prompt's index
+    revealed: list[tuple[int, int, float]] = field(default_factory=list)  # (position, token, confidence)
+    final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
+    finish_reason: str | None = None  # in a row's last pass: "stop" or "length"
+
+
+def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Generator[Pass, list, None]:
+    """The passes that write one answer (paper, section 4 and algorithm 1): the whole method, without the network.
+
+    Yields each pass that it needs and is sent the guesses, a list of (token, confidence) for `guessed`; `decoding` is
+    resolved. A pass is complete, with what it revealed, when the next one is asked for.
+    """
+    size, sub = decoding.block_size, decoding.sub_block_size
+    tokens, limit, stops = list(prompt), len(prompt) + decoding.max_new_tokens, set(decoding.stop_token_ids)
+    threshold = torch.tensor(decoding.threshold).item()  # confidences are float32, so compare with one
+    final = len(prompt)  # everything before is known for good
+
+    def run(kind, start, stop, guessed, threshold=0.0):
+        """One pass, and the guesses that it reveals; true when the answer is complete."""
+        nonlocal final
+        step = Pass(kind, start, tokens[start:stop], guessed)
+        guesses = yield step
+        if guessed:
+            for i in accept([confidence for _, confidence in guesses], threshold):
+                step.revealed.append((guessed[i], *guesses[i]))
+        for position, token, _ in step.revealed:
+            tokens[position : position + 1] = [token]  # replaces a mask, or is appended
+        while final < min(len(tokens), limit) and tokens[final] != mask and not step.finish_reason:
+            step.final.append(tokens[final])
+            final += 1
+            step.finish_reason = "stop" if step.final[-1] in stops else "length" if final == limit else None
+        return step.finish_reason is not None
+
+    begin = len(prompt) // size * size  # of the block in work
+    aligned = begin == len(prompt)  # then the block's first token comes from the prefill's last row
+    if aligned or (begin and decoding.cache != "none"):
+        if (yield from run("prefill", 0, begin, [begin] * aligned)):
+            return
+    while True:
+        end = begin + size
+        tokens += [mask] * (end - len(tokens))
+        origin = 0 if decoding.cache == "none" else begin
+        cached = False  # does the block cache hold this block?
+        for low in range(begin, end, sub):
+            high = low + sub
+            while masked := [i for i in range(low, high) if tokens[i] == mask]:
+                # token shift: the first position's guess stands one row before the window, in a whole-block pass
+                if cached and tokens[low] != mask:
+                    kind, start, stop = "sub", low, high
+                else:
+                    kind, start, stop = "refresh" if decoding.cache == "dual" else "full", origin, end
+                    cached = decoding.cache == "dual"
+                if (yield from run(kind, start, stop, masked, threshold)):
+                    return
+        # commit: the finished block runs once more without masks, and its last row begins the next block
+        if (yield from run("commit", origin, end, [end])):
+            return
+        begin = end
+
+
+@dataclass
+class Row:
+    """A prompt that is being decoded."""
+
+    index: int  # of the prompt
+    passes: Generator[Pass, list, None]
+    generator: torch.Generator  # of the row's own draws
+    step: Pass | None  # the pass it waits for; None: done
+
+
+def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> None:
+    """Raises InputError for a prompt that cannot be decoded."""
+    vocab, limit = config.tokenizer_size or config.vocab_size, config.max_position_embeddings
+    require(len(prompt), "The prompt is empty; give at least one token.")
+    for token in prompt:
+        require(0 <= token < vocab, f"The prompt has token id {token}, outside the vocabulary of {vocab}.")
+        masked = token == config.mask_token_id
+        require(not masked, f"The prompt has the mask token, id {token}, which only the decoder may write.")
+    require(
+        len(prompt) + decoding.max_new_tokens <= limit,
+        f"{len(prompt)} prompt tokens and {decoding.max_new_tokens} new ones make "
+        f"{len(prompt) + decoding.max_new_tokens} positions, the model has {limit}; lower max_new_tokens.",
+    )
+
+
+def decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Pass]:
+    """Decode prompts (lists of token ids), yielding a `Pass` for each pass of each row as it completes.
+
+    Rows do not wait for one another: each makes one pass a round, windows of the same width share a forward pass, and
+    a finished row leaves its place to the next prompt. A row's tokens are those of its prompt decoded alone.
+    Raises InputError, before anything runs, for options or prompts that cannot work.
+    """
+    decoding = decoding.resolve(model.config)
+    for prompt in prompts:
+        check_prompt(prompt, decoding, model.config)
+    return _decode(model, prompts, decoding)
+
+
+@torch.inference_mode()
+def _decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Pass]:
+    size, weight = decoding.block_size, model.model.embed_tokens.weight
+    longest = max((len(prompt) + decoding.max_new_tokens for prompt in prompts), default=0)
+    places = min(len(prompts), decoding.batch_size)
+    cache = KVCache(model.config, places, round_up(longest, size), weight)
+    waiting = iter(enumerate(prompts))
+
+    def admit(place: int) -> Row | None:
+        """The next waiting prompt, if any, as the row at this place of the cache."""
+        for index, prompt in waiting:
+            cache.clear(place)
+            generator = torch.Generator()
+            generator.seed() if decoding.seed is None else generator.manual_seed(decoding.seed)
+            passes = sequence(prompt, decoding, model.config.mask_token_id)
+            return Row(index, passes, generator, next(passes))
+        return None
+
+    rows = [admit(place) for place in range(places)]
+    while rows:
+        widths = [len(row.step.tokens) for row in rows]
+        width = max(widths, key=widths.count)  # the width that most rows wait for
+        group = [place for place, w in enumerate(widths) if w == width]
+        tokens = torch.tensor([rows[place].step.tokens for place in group], device=weight.device)
+        hidden = model.window(tokens, [rows[place].step.start for place in group], cache, size, group)
+        yield from reveal(model, hidden, [rows[place] for place in group], decoding)
+        for place in reversed(group):
+            if rows[place].step is None and (row := admit(place)):
+                rows[place] = row
+            elif rows[place].step is None:
+                last = rows.pop()  # the rows in use stay the first ones
+                if place < len(rows):
+                    cache.move(len(rows), place)
+                    rows[place] = last
+
+
+def reveal(model: Qwen2, hidden: Tensor, rows: list[Row], decoding: Decoding) -> Iterator[Pass]:
+    """Guess from the hidden states (B, T, D) of the rows' passes; the passes, complete, and the rows moved on."""
+    steps, config = [row.step for row in rows], model.config
+    # token shift: the guess for position i stands in the output at i - 1
+    where = [(b, i - 1 - step.start) for b, step in enumerate(steps) for i in step.guessed]
+    guesses = iter(())
+    if where:
+        logits = model.logits(hidden[tuple(torch.tensor(where, device=hidden.device).T)])  # only rows that are used
+        logits = logits[:, : config.tokenizer_size].float()
+        if config.mask_token_id is not None:
+            logits[:, config.mask_token_id] = -torch.inf  # a mask is no guess
+        draws = logits.new_empty(0)
+        if decoding.temperature > 0:
+            draws = torch.cat([torch.rand(len(row.step.guessed), generator=row.generator) for row in rows])
+        tokens, confidence = guess(logits, decoding, draws.to(logits.device))
+        pairs = torch.stack([tokens.float(), confidence]).tolist()  # one transfer; float32 holds any id below 2**24
+        guesses = zip(map(int, pairs[0]), pairs[1])
+    for row, step in zip(rows, steps):
+        try:
+            row.step = row.passes.send([next(guesses) for _ in step.guessed])
+        except StopIteration:
+            row.step = None
+        step.row = row.index
+        yield step
+
+
+@dataclass
+class Result:
+    """What was generated for one prompt."""
+
+    tokens: list[int] = field(default_factory=list)  # new ones, through the stop token
+    finish_reason: str | None = None  # "stop" or "length"; None where decoding was broken off
+    passes: dict[str, int] = field(default_factory=dict)  # kind -> count
+
+    def add(self, step: Pass) -> None:
+        """Take in the row's next pass."""
+        self.tokens += step.final
+        self.passes[step.kind] = self.passes.get(step.kind, 0) + 1
+        self.finish_reason = step.finish_reason
+
+    @property
+    def forward_passes(self) -> int:
+        """Passes that wrote the answer: all but the prefill."""
+        return sum(self.passes.values()) - self.passes.get("prefill", 0)
+
+
+def generate(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Result]:
+    """Decode prompts (lists of token ids) to the end: one result a prompt, in order. Raises what `decode` raises."""
+    results = [Result() for _ in prompts]
+    for step in decode(model, prompts, decoding):
+        results[step.row].add(step)
+    return results
+
+
+# --- Tokenizer ---
+
+# how Qwen2 cuts text into words before byte-pair encoding
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TOKENIZER_FILES = "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json chat_template.jinja"
+
+
+class Tokenizer:
+    """Text to token ids and back, and ChatML."""
+
+    def __init__(self, encoder: Encoder, system: str | None, files: dict[str, bytes]):
+        self.encoder = encoder
+        self.system = system  # what ChatML begins with where the messages have no system message
+        self.files = files  # by name, so that a checkpoint can be saved with its tokenizer
+
+    def __len__(self) -> int:
+        """Ids in use: the largest one plus 1."""
+        return max(self.encoder.get_vocab().values()) + 1
+
+    def id(self, token: str) -> int | None:
+        return self.encoder.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens in the text are recognised."""
+        return self.encoder.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def chat(self, messages: Sequence[dict], reply: bool = True) -> list[int]:
+        """ChatML of messages with `role` and `content`; with `reply`, up to where the assistant's turn begins."""
+        if self.system is not None and (not messages or messages[0]["role"] != "system"):
+            messages = [{"role": "system", "content": self.system}, *messages]
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return self.encode(text + "<|im_start|>assistant\n" * reply)
+
+    def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
+        """Text of ids that arrive in chunks, each character as soon as its last byte is there."""
+        stream, ids, written = decoders.DecodeStream(skip_special_tokens=True), [], 0
+        for chunk in chunks:
+            ids += chunk
+            text = "".join(stream.step(self.encoder, i) or "" for i in chunk)
+            written += len(text)
+            yield text
+        yield self.decode(ids)[written:]  # bytes that never became a character
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """From `tokenizer.json`, or `vocab.json` and `merges.txt` with the added tokens of `tokenizer_config.json` or
+    `added_tokens.json`. Raises InputError where they are missing or disagree."""
+    folder = Path(folder)
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES.split() if (folder / name).is_file()}
+    settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
+    ok = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()
+    require(ok, f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, must be there.")
+    try:
+        if "tokenizer.json" in files:
+            encoder = Encoder.from_str(files["tokenizer.json"].decode())
+        else:
+            encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+            encoder.normalizer = normalizers.NFC()
+            split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+            encoder.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+            encoder.decoder = decoders.ByteLevel()
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{folder}: the tokenizer files cannot be read: {error}") from None
+    added = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
+    if not added and "added_tokens.json" in files:
+        names = read_json(folder / "added_tokens.json")
+        added = {i: {"content": name, "special": True} for name, i in names.items()}
+    for i, entry in sorted(added.items()):
+        flags = {flag: entry.get(flag, False) for flag in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+        token = AddedToken(entry["content"], **flags)
+        encoder.add_special_tokens([token]) if flags["special"] else encoder.add_tokens([token])
+        got = encoder.token_to_id(entry["content"])
+        require(got == i, f"{folder}: added token {entry['content']!r} is listed as id {i} but becomes {got}.")
+    # of a model's own chat template only the default system message differs from plain ChatML
+    template = str(settings.get("chat_template") or files.get("chat_template.jinja", b"").decode())
+    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{<']+)<\|im_end\|>", template)
+    system = match[1] if match else None if template else "You are a helpful assistant."
+    return Tokenizer(encoder, system, files)
+
+
+# --- Load and save ---
+
+INDEX = "model.safetensors.index.json"  # tensor name -> file, where the weights are in several
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's object. Raises InputError naming the file where it is missing or broken."""
+    require(path.is_file(), f"{path.parent}: {path.name} is missing.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    require(isinstance(content, dict), f"{path}: must hold one JSON object.")
+    return content
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """The checkpoint's folder: `path`, or where huggingface_hub keeps what it downloads for a Hub id `owner/name`."""
+    if Path(path).is_dir():
+        return Path(path)
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+    require(hub_id, f"{path}: no such folder; give a checkpoint's folder or a Hub id like owner/name.")
+    from huggingface_hub import snapshot_download  # comes with tokenizers; only needed here
+
+    try:
+        small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES.split()]
+        folder = snapshot_download(str(path), allow_patterns=small)  # tells which weight files there are
+        return Path(snapshot_download(str(path), allow_patterns=[*small, *shards(Path(folder))]))
+    except Exception as error:  # no network, no such repository, no space
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{path}: no such folder, and as a Hub id it could not be downloaded ({reason}); where there is a network, "
+            f"`hf download {path} --local-dir FOLDER` fetches it, then give FOLDER."
+        ) from None
+
+
+def shards(folder: Path) -> list[str]:
+    """Names of the checkpoint's weight files. Raises InputError for a broken index."""
+    if not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    index = read_json(folder / INDEX).get("weight_map")
+    require(isinstance(index, dict) and index, f"{folder / INDEX}: has no weight_map.")
+    return sorted(set(index.values()))
+
+
+def open_weights(path: Path, device: str = "cpu"):
+    """A safetensors file, mapped. Raises InputError where it is missing or damaged."""
+    require(path.is_file(), f"{path.parent}: {path.name} is missing.")
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or no safetensors file ({error}); fetch it again.") from None
+
+
+def pick_device(device: str) -> str:
+    """The device, "auto" made definite. Raises InputError where it is not there."""
+    there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    device = there[0] if device == "auto" else str(device)
+    require(device.partition(":")[0] in there, f"device {device!r} is not available here, only {', '.join(there)}.")
+    return device
+
+
+def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
+    """The checkpoint's config, with mask and stop tokens that stand in its other files only."""
+    config = Config.from_dict(read_json(folder / "config.json"))
+    stops, mask, size = list(config.stop_token_ids), config.mask_token_id, None
+    if (folder / "generation_config.json").is_file():
+        more = read_json(folder / "generation_config.json").get("eos_token_id") or []
+        stops += more if isinstance(more, list) else [more]
+    if tokenizer:
+        stops += [i for i in map(tokenizer.id, ("<|im_end|>", "<|endoftext|>")) if i is not None]
+        mask = tokenizer.id("|<MASK>|") if mask is None else mask
+        size, rows = len(tokenizer), config.vocab_size
+        require(size <= rows, f"{folder}: the tokenizer has {size} ids, the embedding only {rows} rows.")
+    return replace(config, mask_token_id=mask, stop_token_ids=tuple(dict.fromkeys(stops)), tokenizer_size=size)
+
+
+def load(
+    path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[Qwen2, Tokenizer | None]:
+    """Model and tokenizer from a folder or a Hub id; the tokenizer is None where the folder has none.
+
+    device: a torch device, or "auto": cuda, else mps, else cpu. dtype: a torch dtype or its name, or "auto": the
+    files'. Tensors go from the mapped file to their parameters one by one, so memory holds the weights once.
+    Raises InputError naming the file, key or tensor that is wrong, before anything runs.
+    """
+    folder, device = locate(path), pick_device(device)
+    if isinstance(dtype, str):
+        require(dtype in DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    with torch.device("meta"):
+        model = Qwen2(read_config(folder, tokenizer))
+
+    expected = {name: list(p.shape) for name, p in model.named_parameters()}  # a tied head is the embedding, once
+    files = {}
+    for file in shards(folder):
+        with open_weights(folder / file) as weights:
+            for name in weights.keys():  # noqa: SIM118 - no dict
+                files[name] = file
+                shape, wanted = weights.get_slice(name).get_shape(), expected.get(name)
+                ok = wanted in (None, shape)
+                require(ok, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
+    for names, problem in [(expected.keys() - files, "missing"), (files.keys() - expected, "not part of this model")]:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        require(not names, f"{folder}: tensor {min(names, default='')} is {problem}{more}.")
+    for name in expected:
+        with open_weights(folder / files[name], device) as weights:  # opened anew, so that its pages are let go
+            tensor = weights.get_tensor(name)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype), False))
+    model.tie()
+    return model.eval(), tokenizer
+
+
+def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
+    """Write what `load` reads, under the published names; each file is written beside its place and renamed.
+
+    Raises OSError where the folder cannot be written; a checkpoint that was there is then still whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head is not repeated
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    config = json.dumps(model.config.to_dict() | {"torch_dtype": dtype}, indent=2) + "\n"
+    files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
+    replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    for name, content in files.items():
+        replace_file(folder / name, partial(Path.write_bytes, data=content))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file under a temporary name and rename it to `path`, so that no reader ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
