@@ -1,0 +1,42 @@
+"""Fixtures: the golden checkpoints, the golden vectors, and the shipped checkpoint."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny"), str(Path(__file__).parent)]
+
+import golden_checkpoints  # noqa: E402
+
+from fastdllm import load  # noqa: E402
+
+
+def golden(name: str) -> dict:
+    return json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Golden checkpoint folders by name; tests that change files copy them first."""
+    base = tmp_path_factory.mktemp("checkpoints")
+    return {name: golden_checkpoints.build(base / name, name) for name in golden_checkpoints.VARIANTS}
+
+
+@pytest.fixture(scope="session")
+def golden_models(folders) -> dict:
+    return {name: load(folder, "cpu")[0] for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """(model, tokenizer) of the shipped checkpoint."""
+    return load(ROOT / "tiny" / "checkpoint", "cpu")
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,267 @@
+"""Guess, accept, decode, generate: the golden vectors and the properties that users rely on."""
+
+import collections
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, golden
+
+import fastdllm
+from fastdllm import CAUSAL, Decoding, InputError, KVCache, accept, decode, generate, guess, nucleus
+
+CASES = golden("generate")["cases"]
+TRACES = {trace["id"]: trace["steps"] for trace in golden("traces")["traces"]}
+
+
+def options(case, **changes):
+    names = ["block_size", "sub_block_size", "threshold", "cache", "max_new_tokens", "stop_token_ids"]
+    return Decoding(**{name: case[name] for name in names if name in case} | changes)
+
+
+def prompt_of(rng, length, top=280):
+    return [rng.randrange(top) for _ in range(length)]
+
+
+# --- Guess and accept ---
+
+
+@pytest.mark.parametrize("case", golden("sampling")["cases"], ids=lambda c: f"T{c['temperature']}-p{c['top_p']}")
+def test_nucleus_equals_golden_probabilities(case):
+    p, ids = nucleus(torch.tensor(case["logits"]), case["temperature"], case["top_p"])
+    torch.testing.assert_close(torch.zeros_like(p).scatter(1, ids, p), torch.tensor(case["probs"]), atol=1e-5, rtol=0)
+
+
+def test_draws_follow_the_nucleus_and_confidence_is_the_drawn_probability():
+    logits = torch.tensor([[2.0, 1.5, 0.3, -1.0, 1.9]])
+    draws = torch.arange(10000) / 10000  # evenly spread, so the shares are exact
+    tokens, confidence = guess(logits.expand(10000, 5), Decoding(temperature=0.8, top_p=0.9), draws)
+    p, ids = nucleus(logits, 0.8, 0.9)
+    for probability, token in zip(p[0].tolist(), ids[0].tolist()):
+        assert (tokens == token).float().mean().item() == pytest.approx(probability, abs=2e-4)
+        assert torch.all(confidence[tokens == token] == probability)
+
+
+def test_extreme_draws_take_a_token_that_was_kept():
+    logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 5.0, 1.0]])
+    tokens, confidence = guess(logits, Decoding(temperature=1.0, top_p=0.5), torch.tensor([0.0, 1 - 2**-24]))
+    assert tokens.tolist() == [1, 1] and confidence.tolist() == [1.0, 1.0]
+
+
+def test_confidence_at_the_threshold_is_not_revealed_and_ties_reveal_the_first():
+    limit = torch.tensor(0.3).item()  # above 0.3 as a double, equal to it as a float32
+    assert accept([0.2, limit, 0.9], limit) == [2]
+    assert accept([0.5, 0.8, 0.8], 1.0) == [1]
+    assert accept([1.0, 1.0], 1.0) == [0]
+    assert accept([0.1, 0.2], 0.0) == [0, 1]
+
+
+def test_threshold_is_compared_in_float32(golden_models):
+    confidence = torch.tensor(0.3).item()
+    steps = fastdllm.sequence([1] * 4, Decoding(8, 8, 0.3, max_new_tokens=9, stop_token_ids=()), 285)
+    first = next(steps)
+    steps.send([(7, confidence)] * 4)
+    assert [position for position, _, _ in first.revealed] == [4]  # equal is not above: only the first of the ties
+
+
+def test_confidence_is_float32_whatever_the_weights(golden_models, folders):
+    model, _ = fastdllm.load(folders["untied"], "cpu", "bfloat16")
+    [step] = [s for s in decode(model, [[5, 6, 7]], Decoding(8, threshold=0.0, max_new_tokens=3)) if s.revealed][:1]
+    as_bfloat16 = [torch.tensor(c).bfloat16().item() for _, _, c in step.revealed]
+    assert any(c != b for (_, _, c), b in zip(step.revealed, as_bfloat16))
+
+
+# --- Golden vectors ---
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c["id"])
+def test_generate_equals_golden_tokens_and_passes(golden_models, case):
+    steps = list(decode(golden_models[case["checkpoint"]], [case["prompt"]], options(case)))
+    assert [token for step in steps for token in step.final] == case["tokens"]
+    assert collections.Counter(f"{step.kind}:{len(step.tokens)}" for step in steps) == case["passes"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["cache"] == "block"], ids=lambda c: c["id"])
+def test_recomputing_everything_gives_the_same_tokens(golden_models, case):
+    [result] = generate(golden_models[case["checkpoint"]], [case["prompt"]], options(case, cache="none"))
+    assert result.tokens == case["tokens"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["id"] in TRACES], ids=lambda c: c["id"])
+def test_every_denoising_pass_equals_its_golden_trace(golden_models, case):
+    steps = decode(golden_models[case["checkpoint"]], [case["prompt"]], options(case))
+    steps = [step for step in steps if step.kind in ("full", "refresh", "sub")]
+    assert len(steps) == len(TRACES[case["id"]])
+    for step, (kind, start, revealed) in zip(steps, TRACES[case["id"]]):
+        size, sub = case["block_size"], case["sub_block_size"]
+        at = step.guessed[0]
+        assert (step.kind, at - at % size % sub) == (kind, start)
+        assert [r[:2] for r in step.revealed] == [tuple(r[:2]) for r in revealed]
+        assert [r[2] for r in step.revealed] == pytest.approx([r[2] for r in revealed], abs=1e-3)
+
+
+@pytest.mark.parametrize("case", golden("batch")["cases"], ids=lambda c: c["id"])
+def test_batch_rows_equal_golden_tokens(golden_models, case):
+    model, rows = golden_models[case["checkpoint"]], case["rows"]
+    longest = max(len(row["tokens"] or range(30)) for row in rows)
+    results = generate(model, [row["prompt"] for row in rows], options(case, max_new_tokens=longest))
+    for row, result in zip(rows, results):
+        expected = row["tokens"]
+        if expected is None:  # no vector: the original errs there; the single run decides
+            expected = generate(model, [row["prompt"]], options(case, max_new_tokens=longest))[0].tokens
+        assert result.tokens[: len(expected)] == expected
+
+
+# --- Properties of one row ---
+
+
+@torch.inference_mode()
+def test_block_size_1_equals_a_naive_greedy_loop(golden_models):
+    model, ids = golden_models["untied"], prompt_of(random.Random(1), 11)
+    for _ in range(40):
+        hidden = model(torch.tensor([ids]), torch.arange(len(ids))[None], CAUSAL)
+        ids.append(model.logits(hidden)[0, -1].argmax().item())
+    [result] = generate(model, [ids[:11]], Decoding(block_size=1, max_new_tokens=40, stop_token_ids=()))
+    assert result.tokens == ids[11:]
+    assert result.passes == {"prefill": 1, "commit": 39}
+
+
+@pytest.mark.parametrize("cache", ["none", "block", "dual"])
+def test_max_new_tokens_cuts_exactly_and_spends_nothing_on_what_is_cut(golden_models, cache):
+    model, prompt = golden_models["tied"], prompt_of(random.Random(2), 13)
+    knobs = Decoding(8, 4, 0.5, cache, 30, stop_token_ids=())
+    steps = list(decode(model, [prompt], knobs))
+    tokens = [token for step in steps for token in step.final]
+    for n in range(1, 31):
+        [cut] = generate(model, [prompt], replace(knobs, max_new_tokens=n))
+        assert cut.tokens == tokens[:n] and cut.finish_reason == "length"
+        needed = next(i for i, s in enumerate(steps, 1) if sum(len(s.final) for s in steps[:i]) >= n)
+        assert sum(cut.passes.values()) == needed
+
+
+@pytest.mark.parametrize("cache", ["none", "block", "dual"])
+def test_a_stop_cuts_after_its_first_occurrence(golden_models, cache):
+    model, prompt = golden_models["untied"], prompt_of(random.Random(3), 21)
+    knobs = Decoding(16, 8, 0.5, cache, 48, stop_token_ids=())
+    [free] = generate(model, [prompt], knobs)
+    for stop in set(free.tokens):
+        [result] = generate(model, [prompt + [stop] * 0], replace(knobs, stop_token_ids=(stop, 301)))
+        assert result.tokens == free.tokens[: free.tokens.index(stop) + 1]
+        assert result.finish_reason == "stop"
+        assert sum(result.passes.values()) <= sum(free.passes.values())
+
+
+def test_sub_block_equal_to_block_makes_dual_a_no_op(golden_models):
+    rng = random.Random(4)
+    for size in (4, 8, 16, 32):
+        prompt, knobs = prompt_of(rng, rng.randrange(1, 50)), Decoding(size, size, 0.6, "block", 40)
+        block, dual = (generate(golden_models["tied"], [prompt], replace(knobs, cache=c))[0] for c in ("block", "dual"))
+        assert block.tokens == dual.tokens
+        assert block.forward_passes == dual.forward_passes
+
+
+def test_the_default_sub_block_shrinks_to_small_blocks_and_a_chosen_one_must_divide(golden_models):
+    assert len(generate(golden_models["untied"], [[1, 2, 3]], Decoding(4, max_new_tokens=5))[0].tokens) == 5
+    for size, sub in [(32, 5), (12, 8), (8, 16)]:
+        with pytest.raises(InputError, match=f"{sub} does not divide block_size {size}"):
+            generate(golden_models["untied"], [[1, 2, 3]], Decoding(size, sub))
+
+
+def test_mask_and_padding_ids_are_never_guessed(folders):
+    model, _ = fastdllm.load(folders["untied"], "cpu")
+    model.lm_head.weight[:] = 0  # all ids are equally likely: the first allowed one is the argmax
+    model.config = replace(model.config, mask_token_id=0, tokenizer_size=2)
+    for knobs in [Decoding(8), Decoding(1), Decoding(8, temperature=1.0, seed=0)]:
+        [result] = generate(model, [[1, 1, 1]], replace(knobs, max_new_tokens=20, stop_token_ids=()))
+        assert result.tokens == [1] * 20
+
+
+@pytest.mark.parametrize("prompt, message", [
+    ([], "empty"), ([320], "320, outside the vocabulary of 320"), ([-1], "-1, outside"), ([5, 310], "mask token"),
+    ([1] * 1000, "1512 positions, the model has 1024"),
+])  # fmt: skip
+def test_bad_prompts_are_refused_before_anything_runs(golden_models, prompt, message):
+    with pytest.raises(InputError, match=message):
+        decode(golden_models["untied"], [[1, 2], prompt], Decoding())
+
+
+@pytest.mark.parametrize("knobs", [
+    {"threshold": 1.1}, {"threshold": -0.1}, {"threshold": float("nan")}, {"cache": "triple"}, {"top_p": 2.0},
+    {"max_new_tokens": 0}, {"temperature": -1.0}, {"block_size": 0}, {"sub_block_size": 0}, {"batch_size": 0},
+])  # fmt: skip
+def test_bad_options_are_refused(knobs):
+    with pytest.raises(InputError, match=next(iter(knobs))):
+        Decoding(**knobs)
+
+
+# --- Properties of a batch ---
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("cache", ["none", "block", "dual"])
+def test_rows_equal_their_single_runs(golden_models, seed, cache):
+    rng = random.Random(seed)
+    size = rng.choice([1, 4, 8, 16])
+    sub = rng.choice([s for s in (1, 2, 4, 8) if size % s == 0])
+    temperature = rng.choice([0.0, 0.0, 0.7])
+    model = golden_models[rng.choice(["tied", "untied"])]
+    prompts = [prompt_of(rng, rng.choice([1, size, 2 * size, rng.randrange(1, 60)])) for _ in range(7)]
+    stops = tuple(rng.sample(range(280), 20))
+    knobs = Decoding(
+        size, sub, rng.choice([0.3, 0.6, 1.0]), cache, rng.randrange(1, 40), temperature, 0.9, stops, seed, 3
+    )
+    together = generate(model, prompts, knobs)
+    assert together == [generate(model, [prompt], knobs)[0] for prompt in prompts]
+    assert len({len(result.tokens) for result in together}) > 1 or knobs.max_new_tokens == 1  # some stop early
+
+
+def test_a_cache_full_of_nan_never_leaks(golden_models, monkeypatch):
+    prompts = [prompt_of(random.Random(5), n) for n in (3, 16, 29, 40, 8)]
+    all_knobs = [Decoding(8, 4, 0.6, cache, 20, batch_size=3) for cache in ("none", "block", "dual")]
+    clean = [generate(golden_models["untied"], prompts, knobs) for knobs in all_knobs]
+    allocate = KVCache.__init__
+
+    def filled(self, *args):
+        allocate(self, *args)
+        self.k.fill_(torch.nan)
+        self.v.fill_(torch.nan)
+
+    monkeypatch.setattr(KVCache, "__init__", filled)
+    assert [generate(golden_models["untied"], prompts, knobs) for knobs in all_knobs] == clean
+
+
+def test_seeds_reproduce_and_no_seed_varies(golden_models):
+    prompt, knobs = [1, 2, 3], Decoding(8, temperature=1.5, max_new_tokens=30, stop_token_ids=())
+    model = golden_models["untied"]
+    seeded = [generate(model, [prompt], replace(knobs, seed=seed))[0].tokens for seed in (1, 1, 2)]
+    assert seeded[0] == seeded[1] != seeded[2]
+    free = generate(model, [prompt] * 2, knobs)
+    assert free[0].tokens != free[1].tokens
+
+
+def test_sampling_draws_the_first_token_of_a_block_too(golden_models):
+    model, knobs = golden_models["untied"], Decoding(8, temperature=2.0, max_new_tokens=1, stop_token_ids=())
+    firsts = {generate(model, [[1] * 8], replace(knobs, seed=seed))[0].tokens[0] for seed in range(20)}
+    assert len(firsts) > 1
+
+
+def test_no_prompts_give_no_results(golden_models):
+    assert generate(golden_models["untied"], [], Decoding()) == []
+
+
+# --- The file alone ---
+
+
+def test_the_file_alone_in_an_empty_folder_generates(tmp_path, folders):
+    shutil.copy(ROOT / "fastdllm.py", tmp_path)
+    code = (
+        "from fastdllm import *; model, tokenizer = load('checkpoint', 'cpu'); assert tokenizer is None; "
+        "print(generate(model, [[1, 2, 3]], Decoding(max_new_tokens=7))[0].tokens)"
+    )
+    shutil.copytree(folders["untied"], tmp_path / "checkpoint")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(run.stdout.split(",")) == 7
