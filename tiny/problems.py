@@ -1,0 +1,178 @@
+"""Word problems with worked solutions, made to measure: a small GSM8K that a tiny model can learn.
+
+    python tiny/problems.py --split heldout --seed 0 --count 3
+
+prints one JSON object a line with `question` and `answer`; the answer is a worked solution that ends in `#### N`.
+
+A problem is a *skeleton* (the operations and their numbers, the only thing that decides the answer) told with names
+and objects. The split hangs on a hash of the skeleton alone, so no held-out problem is a training problem with other
+names, whatever the seeds. Every equation of an answer is computed by the function that writes it, so answers are right
+by construction. All quantities stay between 2 and 50: one token each, and few enough facts for a tiny model.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+
+import click
+
+LARGEST = 50  # of any quantity: bounds the addition facts that have to be learnt
+HELD_OUT = 0.1  # share of the skeletons
+MARKER = "####"
+
+SHE = "Mia Anna Lily Nora Emma Ruth Ella Zoe Ida Clara Maya Rosa".split()
+HE = "Tom Ben Leo Max Sam Paul Otto Noah Finn Jack Omar Luca".split()
+OBJECTS = "apples pears books cards coins shells stamps pencils marbles stickers buttons cookies".split()
+CONTAINERS = "boxes bags jars baskets".split()
+
+
+@dataclass
+class Story:
+    """A problem while it is being told: what was said, what was worked out, and the number in hand."""
+
+    rng: random.Random
+    name: str
+    pronoun: str
+    friend: str
+    things: str
+    total: int = 0
+    skeleton: list = field(default_factory=list)
+    question: list = field(default_factory=list)
+    answer: list = field(default_factory=list)
+
+    def compute(self, operator, operand):
+        """Apply one operation to the number in hand; the equation as text, like `12 + 7 = 19`."""
+        left = self.total
+        exact = {"+": left + operand, "-": left - operand, "*": left * operand, "/": left / operand}[operator]
+        self.total = int(exact)
+        assert self.total == exact and 2 <= self.total <= LARGEST
+        self.skeleton.append(f"{left}{operator}{operand}")
+        return f"{left} {operator} {operand} = {self.total}"
+
+
+def start_plain(s):
+    s.total = s.rng.randint(2, LARGEST - 10)
+    s.skeleton.append(str(s.total))
+    s.question.append(f"{s.name} has {s.total} {s.things}.")
+    s.answer.append(f"{s.name} starts with {s.total} {s.things}.")
+
+
+def start_groups(s):
+    s.total, each = s.rng.randint(2, 9), s.rng.randint(2, 9)
+    s.total = min(s.total, LARGEST // each)
+    box = s.rng.choice(CONTAINERS)
+    s.question.append(f"{s.name} has {s.total} {box} with {each} {s.things} in each.")
+    s.answer.append(f"In the {box} there are {s.compute('*', each)} {s.things}.")
+
+
+def gain(s):
+    n = s.rng.randint(2, min(30, LARGEST - s.total))
+    said, done = s.rng.choice(
+        [
+            (f"{s.pronoun} buys {n} more.", f"After buying {n} more"),
+            (f"{s.pronoun} finds {n} more.", f"After finding {n} more"),
+            (f"{s.friend} gives {s.name} {n} more.", f"After {s.friend} gives {n} more"),
+        ]
+    )
+    s.question.append(said)
+    s.answer.append(f"{done}, {s.name} has {s.compute('+', n)} {s.things}.")
+
+
+def lose(s):
+    n = s.rng.randint(2, min(30, s.total - 2))
+    said, done = s.rng.choice(
+        [
+            (f"{s.pronoun} loses {n} of them.", f"After losing {n}"),
+            (f"{s.pronoun} sells {n} of them.", f"After selling {n}"),
+            (f"{s.pronoun} gives {n} of them to {s.friend}.", f"After giving {n} to {s.friend}"),
+        ]
+    )
+    s.question.append(said)
+    s.answer.append(f"{done}, {s.name} has {s.compute('-', n)} {s.things}.")
+
+
+def ask_now(s):
+    s.question.append(f"How many {s.things} does {s.name} have now?")
+
+
+def ask_together(s):
+    n = s.rng.randint(2, LARGEST - s.total)
+    s.question.append(f"{s.friend} has {n} {s.things}. How many {s.things} do they have together?")
+    s.answer.append(f"Together with {s.friend} they have {s.compute('+', n)} {s.things}.")
+
+
+def ask_share(s):
+    n = s.rng.choice([n for n in range(2, 10) if s.total % n == 0 and s.total // n >= 2])
+    s.question.append(f"{s.pronoun} shares them equally among {n} friends. How many {s.things} does each friend get?")
+    s.answer.append(f"Each friend gets {s.compute('/', n)} {s.things}.")
+
+
+def ask_price(s):
+    n = s.rng.randint(2, LARGEST // s.total)
+    s.question.append(f"{s.pronoun} sells them all for {n} dollars each. How many dollars does {s.name} get?")
+    s.answer.append(f"For {n} dollars each, {s.name} gets {s.compute('*', n)} dollars.")
+
+
+def endings(s):
+    """The questions that the number in hand allows."""
+    yield ask_now
+    if s.total <= LARGEST - 2:
+        yield ask_together
+    if any(s.total % n == 0 and s.total // n >= 2 for n in range(2, 10)):
+        yield ask_share
+    if s.total <= LARGEST // 2:
+        yield ask_price
+
+
+def tell(rng):
+    """One problem of 1 to 3 steps: (skeleton, question, answer)."""
+    girl = rng.random() < 0.5
+    name, friend = rng.choice(SHE if girl else HE), rng.choice(HE if girl else SHE)
+    s = Story(rng, name, "She" if girl else "He", friend, rng.choice(OBJECTS))
+    rng.choice([start_plain, start_groups])(s)
+    for _ in range(rng.choice([0, 1, 1, 1, 2])):
+        changes = [gain] * (s.total <= LARGEST - 2) + [lose] * (s.total >= 4)
+        rng.choice(changes)(s)
+    steps = sum(not part.isdigit() for part in s.skeleton)
+    # nothing to work out, or three steps done: the question must add one, or must not
+    options = [e for e in endings(s) if (e is not ask_now or steps) and (e is ask_now or steps < 3)]
+    end = rng.choice(options)
+    end(s)
+    s.skeleton.append(end.__name__)
+    answer = " ".join(s.answer) + f"\n{MARKER} {s.total}"
+    return " ".join(s.skeleton), " ".join(s.question), answer
+
+
+def held_out(skeleton):
+    """Is this skeleton kept from training? A fixed hash decides, so that no seed can change it."""
+    digest = hashlib.sha256(skeleton.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
+
+
+def problems(split, seed):
+    """Endless problems of a split, as dicts with `question` and `answer`; a function of split and seed alone."""
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        skeleton, question, answer = tell(rng)
+        if held_out(skeleton) == (split == "heldout"):
+            yield {"question": question, "answer": answer}
+
+
+def final_answer(text):
+    """What stands after the last marker, or None."""
+    _, marker, last = text.rpartition(MARKER)
+    return last.strip() if marker else None
+
+
+@click.command(help=__doc__)
+@click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--count", type=click.IntRange(1), default=10, show_default=True, help="How many problems.")
+def main(split, seed, count):
+    for _, problem in zip(range(count), problems(split, seed)):
+        click.echo(json.dumps(problem))
+
+
+if __name__ == "__main__":
+    main()
