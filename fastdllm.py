@@ -141,11 +141,14 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
     return queries[..., None] // block_size >= keys // block_size
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | Callable | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v; q (B, H, T, d), k and v (B, K, S, d), key head h serves H / K query heads.
 
-    mask: None, every query sees every key; CAUSAL; or bool, broadcast to (B, H, T, S).
+    mask: None, every query sees every key; CAUSAL; bool, broadcast to (B, H, T, S); or a function of q, k and v that
+    computes the same in a way of its own.
     """
+    if callable(mask):
+        return mask(q, k, v)
     causal = isinstance(mask, str)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if causal else mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
@@ -499,8 +502,8 @@ def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> N
 def decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Pass]:
     """Decode prompts (lists of token ids), yielding a `Pass` for each pass of each row as it completes.
 
-    Rows do not wait for one another: each makes one pass a round, windows of the same width share a forward pass, and
-    a finished row leaves its place to the next prompt. A row's tokens are those of its prompt decoded alone.
+    Rows walk on by themselves: those that wait for windows of the same width share a forward pass, and a finished row
+    leaves its place to the next prompt. A row's tokens are those of its prompt decoded alone.
     Raises InputError, before anything runs, for options or prompts that cannot work.
     """
     decoding = decoding.resolve(model.config)
@@ -553,9 +556,9 @@ def reveal(model: Qwen2, hidden: Tensor, rows: list[Row], decoding: Decoding) ->
     guesses = iter(())
     if where:
         logits = model.logits(hidden[tuple(torch.tensor(where, device=hidden.device).T)])  # only rows that are used
-        logits = logits[:, : config.tokenizer_size].float()
         if config.mask_token_id is not None:
             logits[:, config.mask_token_id] = -torch.inf  # a mask is no guess
+        logits = logits[:, : config.tokenizer_size].float()
         draws = logits.new_empty(0)
         if decoding.temperature > 0:
             draws = torch.cat([torch.rand(len(row.step.guessed), generator=row.generator) for row in rows])

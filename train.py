@@ -57,6 +57,42 @@ def training_mask(length: int, block_size: int, views: int = 1, device: str | No
     return own_block | earlier_clean
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention` written out. In bfloat16 on a CPU its backward pass is 5 times as fast as the fused kernel's."""
+    B, H, T, d = q.shape
+    groups = H // k.shape[1]  # query heads of one key head are more rows of the same product
+    scores = (q.reshape(B, -1, groups * T, d) @ k.transpose(2, 3)).float() * d**-0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask.repeat(groups, 1), -torch.inf)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, T, d)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`plain_attention` with the causal mask."""
+    return plain_attention(q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril())
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, length: int, block_size: int, views: int) -> Tensor:
+    """What `training_mask` allows, computed block by block, so that no query meets a key it may not see.
+
+    Shapes as in `attention`. With n blocks it does about (n + 2) / (2 n + 2) / (views + 1) of the dense mask's work.
+    """
+    fold = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)  # views into rows
+    noisy_q, noisy_k, noisy_v = fold(q), fold(k), fold(v)  # (B * views, heads, L, d)
+    clean_q, clean_k, clean_v = (x[:, :, -length:] for x in (q, k, v))
+    noisy, clean = [], []
+    for start in range(0, length, block_size):
+        own, end = slice(start, start + block_size), start + block_size
+        keys, values = (
+            torch.cat([part[:, :, own], whole[:, :, :start].repeat_interleave(views, dim=0)], dim=2)
+            for part, whole in ((noisy_k, clean_k), (noisy_v, clean_v))
+        )
+        noisy.append(plain_attention(noisy_q[:, :, own], keys, values))
+        clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end]))
+    unfolded = torch.cat(noisy, dim=2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([unfolded, *clean], dim=2)
+
+
 # --- Noise ---
 
 
@@ -75,14 +111,20 @@ def complementary_noise(trainable: Tensor, block_size: int, generator: torch.Gen
 
 
 def training_loss(
-    model: Qwen2, tokens: Tensor, trainable: Tensor, block_size: int | None = None, masked: Tensor | None = None
+    model: Qwen2,
+    tokens: Tensor,
+    trainable: Tensor,
+    block_size: int | None = None,
+    masked: Tensor | None = None,
+    dense: bool | None = None,
 ) -> Tensor:
     """The adaptation's loss, a scalar: token-shifted cross entropy of complementary views (paper, section 3).
 
     tokens (B, L) and trainable (B, L) bool, L a multiple of the block size (default: the checkpoint's). Output i
     predicts the token at i + 1 where that is masked, so position 0 is never a target; the sum over both views is
     divided by the number of targets. `masked` (B, L) bool fixes what view 1 masks, which is drawn otherwise.
-    One clean copy serves both views, so a row costs 3L tokens. Inputs are left as they are.
+    One clean copy serves both views, so a row costs 3L tokens. `dense` chooses between one masked attention and
+    attention block by block (default: the latter on the CPU, where it is faster). Inputs are left as they are.
     Raises InputError for a length that is no multiple of the block, or a model without a mask token.
     """
     size, mask_id = block_size or model.config.block_size, model.config.mask_token_id
@@ -94,11 +136,13 @@ def training_loss(
     masked = complementary_noise(trainable, size) if masked is None else masked & trainable
     views = torch.stack([masked, trainable & ~masked], dim=1)  # (B, 2, L)
     noisy = tokens[:, None].masked_fill(views, mask_id).flatten(1)  # (B, 2L)
-    hidden = model(
-        torch.cat([noisy, tokens], dim=1),
-        torch.arange(L, device=tokens.device).repeat(3)[None],
-        training_mask(L, size, views=2, device=tokens.device),
+    dense = tokens.device.type != "cpu" if dense is None else dense
+    mask = (
+        training_mask(L, size, 2, tokens.device)
+        if dense
+        else partial(blockwise_attention, length=L, block_size=size, views=2)
     )
+    hidden = model(torch.cat([noisy, tokens], dim=1), torch.arange(L, device=tokens.device).repeat(3)[None], mask)
     # token shift: the output at i answers for the token at i + 1
     targets = tokens[:, None].expand_as(views)[:, :, 1:][views[:, :, 1:]]  # (N)
     rows = hidden[:, : 2 * L].unflatten(1, (2, L))[:, :, :-1][views[:, :, 1:]]  # (N, D)
@@ -107,7 +151,8 @@ def training_loss(
 
 def causal_loss(model: Qwen2, tokens: Tensor, trainable: Tensor) -> Tensor:
     """Ordinary next-token loss over the trainable tokens, a scalar; shapes as in `training_loss`."""
-    hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], CAUSAL)
+    mask = causal_attention if tokens.device.type == "cpu" else CAUSAL
+    hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], mask)
     return cross_entropy(model, hidden[:, :-1][trainable[:, 1:]], tokens[:, 1:][trainable[:, 1:]])
 
 

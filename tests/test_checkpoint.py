@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 import fastdllm
 from fastdllm import Config, Decoding, InputError, generate, load, save
 
-
 NORM = "model.norm.weight"
 
 

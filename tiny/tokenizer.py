@@ -47,7 +47,7 @@ def main(folder):
     tokenizer = build()
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",  # so that others cut words as tokenizer.json says
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "additional_special_tokens": ["|<MASK>|"],

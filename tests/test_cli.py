@@ -1,0 +1,172 @@
+"""Command line: text and statistics where they belong, defaults, files, and one sentence for every mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+from problems import final_answer
+
+import cli
+from fastdllm import Decoding, generate, load
+
+QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(cli.cli, ["generate", "--device", "cpu", *map(str, arguments)], input=stdin)
+
+
+def mistake(*arguments, stdin=None):
+    """The one sentence that a mistake gives."""
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("Error: ") and "Traceback" not in result.stderr
+    return lines[-1]
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr(shipped):
+    model, tokenizer = shipped
+    result = run(QUESTION)
+    [expected] = generate(model, [tokenizer.chat([{"role": "user", "content": QUESTION}])], Decoding())
+    assert result.exit_code == 0
+    assert result.stdout == tokenizer.decode(expected.tokens) + "\n"
+    summary = rf"{len(expected.tokens)} tokens in {expected.forward_passes} forward passes: [\d.]+ tokens per forward, "
+    assert re.fullmatch(summary + r"[\d.]+ tokens/s, stop\n", result.stderr)
+
+
+def test_without_a_prompt_the_sample_problem_is_shown_and_solved():
+    result = run(stdin="")
+    assert cli.SAMPLE in result.stderr
+    assert final_answer(result.stdout) == "11"
+
+
+def test_the_prompt_may_be_piped_in():
+    assert run(stdin=QUESTION + "\n").stdout == run(QUESTION).stdout
+
+
+def test_json_has_the_documented_fields_and_counts(shipped):
+    result = run(QUESTION, "--json", "--threshold", 0.8, "--cache", "dual")
+    found = json.loads(result.stdout)
+    names = (
+        "text token_ids prompt_tokens new_tokens passes forward_passes tokens_per_forward seconds tokens_per_second "
+    )
+    names += (
+        "finish_reason block_size sub_block_size threshold cache max_new_tokens temperature top_p seed stop_token_ids"
+    )
+    assert set(names.split()) <= set(found)
+    assert (found["threshold"], found["cache"], found["block_size"], found["sub_block_size"]) == (0.8, "dual", 32, 8)
+    assert found["new_tokens"] == len(found["token_ids"])
+    assert found["forward_passes"] == sum(n for kind, n in found["passes"].items() if kind != "prefill")
+    assert found["tokens_per_forward"] == pytest.approx(found["new_tokens"] / found["forward_passes"])
+    assert found["token_ids"][-1] in found["stop_token_ids"] and found["finish_reason"] == "stop"
+    tokenizer = shipped[1]
+    assert found["prompt_tokens"] == len(tokenizer.chat([{"role": "user", "content": QUESTION}]))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--threshold", "0.9", "--block-size", "32"], ["--cache", "dual"], ["--cache", "none"], ["--block-size", "1"],
+    ["--block-size", "4"], ["--temperature", "0.5", "--top-p", "0.9", "--seed", "1"], ["--dtype", "bfloat16"],
+    ["--max-new-tokens", "5"], ["--system", "Add."], ["--raw"], ["--sub-block-size", "32"],
+])  # fmt: skip
+def test_every_flag_works(flags):
+    result = run(QUESTION, *flags)
+    assert result.exit_code == 0 and result.stdout.strip()
+    other_block = "--block-size" in flags and flags[-1] != "32"
+    assert ("Note: " in result.stderr) == other_block
+
+
+def test_raw_continues_the_text_and_prompt_ids_the_ids(shipped):
+    model, tokenizer = shipped
+    ids = tokenizer.encode("Mia has 12")
+    raw = json.loads(run("Mia has 12", "--raw", "--json", "--max-new-tokens", 9).stdout)
+    by_ids = json.loads(run("--prompt-ids", ",".join(map(str, ids)), "--json", "--max-new-tokens", 9).stdout)
+    assert raw["token_ids"] == by_ids["token_ids"] and raw["prompt_tokens"] == len(ids)
+
+
+def test_a_checkpoint_without_tokenizer_prints_ids(folders):
+    result = run("--model", folders["untied"], "--prompt-ids", "1,2,3", "--max-new-tokens", 4)
+    assert len(result.stdout.split()) == 4
+
+
+def test_defaults_are_the_dataclass_fields():
+    options = {option.name: option.default for option in cli.generate.params}
+    assert {name: options[name] for name in cli.HELP} == {name: getattr(Decoding, name) for name in cli.HELP}
+
+
+def test_files_of_prompts_give_answers_in_order_with_their_fields(tmp_path):
+    records = [{"id": i, "prompt": QUESTION.replace("12", str(i))} for i in range(3, 8)]
+    records.append({"id": "m", "messages": [{"role": "user", "content": QUESTION}]})
+    records.append({"id": "p", "prompt_ids": [5, 6, 7]})
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    source = ["--input", tmp_path / "in.jsonl", "--max-new-tokens", 60]
+    assert run(*source, "--output", tmp_path / "out.jsonl", "--batch-size", 3).exit_code == 0
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [record["id"] for record in records]
+    assert answers[5]["text"] == run(QUESTION, "--max-new-tokens", 60).stdout[:-1]
+    alone = run(*source, "--batch-size", 1)
+    assert alone.stdout == (tmp_path / "out.jsonl").read_text()
+
+
+def test_mistakes_get_one_sentence(tmp_path, folders):
+    assert "no such folder" in mistake("hi", "--model", tmp_path / "nowhere")
+    assert "empty" in mistake("  ")
+    assert "outside the vocabulary" in mistake("--prompt-ids", "1,99999")
+    assert "give integers" in mistake("--prompt-ids", "1,x")
+    assert "mask token" in mistake("a |<MASK>| b")
+    assert "5 does not divide block_size 32" in mistake("hi", "--sub-block-size", 5)
+    assert "must lie in [0, 1]" in mistake("hi", "--threshold", 1.5)
+    assert "the model has 1024" in mistake("hi", "--max-new-tokens", 5000)
+    assert "no tokenizer" in mistake("hi", "--model", folders["untied"])
+    assert "dtype 'int8' is not known" in mistake("hi", "--dtype", "int8")
+    assert "exclude one another" in mistake("hi", "--prompt-ids", "1")
+    assert "--output needs --input" in mistake("hi", "--output", "x")
+    assert "No such file" in mistake("--input", tmp_path / "missing.jsonl")
+    assert "temperature" in mistake("hi", "--temperature", -1)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "not valid JSON"),
+    ("3", "not a JSON object"),
+    ('{"text": "x"}', "needs `prompt`"), ('{"prompt": ""}', "is empty"),
+    ('{"messages": [{"role": "user"}]}', "needs `prompt`"), ('{"prompt_ids": [-1]}', "outside the vocabulary"),
+    ('{"prompt_ids": "1"}', "list of integers"),
+])  # fmt: skip
+def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n' + line + "\n")
+    said = mistake("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "in.jsonl, line 2: " in said and message in said
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_ctrl_c_ends_with_what_was_generated(folders):
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "cli.py"),
+        "generate",
+        "--model",
+        str(folders["untied"]),
+        "--device",
+        "cpu",
+    ]
+    command += ["--prompt-ids", "1,2,3", "--max-new-tokens", "1000", "--cache", "none", "--threshold", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.read(1)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    tokens = (first + rest).split()
+    assert re.search(rf"^{len(tokens)} tokens in .* interrupted$", errors, re.MULTILINE)
+    model, _ = load(folders["untied"], "cpu")
+    [whole] = generate(model, [[1, 2, 3]], Decoding(threshold=1.0, max_new_tokens=1000))
+    assert [int(token) for token in tokens] == whole.tokens[: len(tokens)]
