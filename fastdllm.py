@@ -50,11 +50,6 @@ def round_up(n: int, size: int) -> int:
 
 # --- Config ---
 
-SHAPE_KEYS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings"
-).split()
-
 
 @dataclass(frozen=True)
 class Config:
@@ -75,57 +70,6 @@ class Config:
     mask_token_id: int | None = None  # the id that stands for "not yet known"; an autoregressive model has none
     stop_token_ids: tuple[int, ...] = ()  # `eos_token_id`
     tokenizer_size: int | None = None  # ids from here on are padding rows of the embedding and are never guessed
-
-    @classmethod
-    def from_dict(cls, raw: dict) -> "Config":
-        """From the contents of `config.json`. Raises InputError where it contradicts itself or asks for more."""
-        raw = {"bd_size": 1} | {key: value for key, value in raw.items() if value is not None}
-        rope = raw.get("rope_parameters", {})  # newer Transformers keep rope_theta in here
-        if type(raw.get("hidden_size")) is type(heads := raw.get("num_attention_heads")) is int and heads > 0:
-            ok = "head_dim" in raw or raw["hidden_size"] % heads == 0
-            require(ok, f"config.json: hidden_size {raw['hidden_size']} does not divide by {heads} heads.")
-            raw.setdefault("head_dim", raw["hidden_size"] // heads)
-        for key in [*SHAPE_KEYS, "bd_size"]:
-            ok = type(raw.get(key)) is int and raw[key] > 0
-            require(ok, f"config.json: {key} is {raw.get(key)!r}, it must be a positive integer.")
-        groups, vocab, mask = raw["num_key_value_heads"], raw["vocab_size"], raw.get("mask_token_id")
-        kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
-        plain = not raw.get("rope_scaling") and rope.get("rope_type", "default") == "default"
-        sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", [])
-        for ok, problem in [
-            (kind in ("qwen2", "Fast_dLLM_Qwen"), f"model_type is {kind!r}, only qwen2 and Fast_dLLM_Qwen are built"),
-            (activation == "silu", f"hidden_act is {activation!r}, only silu is built"),
-            (plain, "rope_scaling is set, and scaled rotary positions are not built; set it to null"),
-            (not sliding, "use_sliding_window is set, and sliding windows are not built; set it to false"),
-            (heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"),
-            (raw["head_dim"] % 2 == 0, f"head_dim is {raw['head_dim']}, rotary positions need an even one"),
-            (mask is None or 0 <= mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
-        ]:
-            require(ok, f"config.json: {problem}.")
-        stop = raw.get("eos_token_id", [])
-        return cls(
-            **{key: raw[key] for key in SHAPE_KEYS},
-            rms_norm_eps=raw.get("rms_norm_eps", cls.rms_norm_eps),
-            rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),  # Transformers' default
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            block_size=raw["bd_size"],
-            mask_token_id=mask,
-            stop_token_ids=tuple(stop) if isinstance(stop, list) else (stop,),
-        )
-
-    def to_dict(self) -> dict:
-        """The contents of `config.json`: the published keys, and `mask_token_id`. A plain Qwen2 at block size 1."""
-        adapted = self.block_size > 1
-        raw = {
-            "architectures": ["Fast_dLLM_QwenForCausalLM" if adapted else "Qwen2ForCausalLM"],
-            "model_type": "Fast_dLLM_Qwen" if adapted else "qwen2",
-            **{key: getattr(self, key) for key in (*SHAPE_KEYS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")},
-            "hidden_act": "silu",
-            "eos_token_id": self.stop_token_ids[0] if len(self.stop_token_ids) == 1 else list(self.stop_token_ids),
-            "mask_token_id": self.mask_token_id,
-            "bd_size": self.block_size if adapted else None,
-        }
-        return {key: value for key, value in raw.items() if value not in (None, [])}
 
 
 # --- Mask ---
@@ -414,6 +358,7 @@ class Pass:
     start: int  # the window is [start, start + len(tokens))
     tokens: list[int]  # its input, masks included
     guessed: list[int]  # positions guessed, position i from the output at i - 1 (token shift)
+    draws: Tensor  # a uniform number for each of them
     row: int = 0  # the prompt's index
     revealed: list[tuple[int, int, float]] = field(default_factory=list)  # (position, token, confidence)
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
@@ -428,13 +373,15 @@ def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Gen
     """
     size, sub = decoding.block_size, decoding.sub_block_size
     tokens, limit, stops = list(prompt), len(prompt) + decoding.max_new_tokens, set(decoding.stop_token_ids)
+    generator = torch.Generator()  # of this row alone: no other row changes what it draws
+    generator.seed() if decoding.seed is None else generator.manual_seed(decoding.seed)
     threshold = torch.tensor(decoding.threshold).item()  # confidences are float32, so compare with one
     final = len(prompt)  # everything before is known for good
 
     def run(kind, start, stop, guessed, threshold=0.0):
         """One pass, and the guesses that it reveals; true when the answer is complete."""
         nonlocal final
-        step = Pass(kind, start, tokens[start:stop], guessed)
+        step = Pass(kind, start, tokens[start:stop], guessed, torch.rand(len(guessed), generator=generator))
         guesses = yield step
         if guessed:
             for i in accept([confidence for _, confidence in guesses], threshold):
@@ -474,16 +421,6 @@ def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Gen
         begin = end
 
 
-@dataclass
-class Row:
-    """A prompt that is being decoded."""
-
-    index: int  # of the prompt
-    passes: Generator[Pass, list, None]
-    generator: torch.Generator  # of the row's own draws
-    step: Pass | None  # the pass it waits for; None: done
-
-
 def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> None:
     """Raises InputError for a prompt that cannot be decoded."""
     vocab, limit = config.tokenizer_size or config.vocab_size, config.max_position_embeddings
@@ -512,6 +449,15 @@ def decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -
     return _decode(model, prompts, decoding)
 
 
+@dataclass
+class Row:
+    """A prompt that is being decoded."""
+
+    index: int  # of the prompt
+    passes: Generator[Pass, list, None]
+    step: Pass | None  # the pass it waits for; None: done
+
+
 @torch.inference_mode()
 def _decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Pass]:
     size, weight = decoding.block_size, model.model.embed_tokens.weight
@@ -524,10 +470,8 @@ def _decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) 
         """The next waiting prompt, if any, as the row at this place of the cache."""
         for index, prompt in waiting:
             cache.clear(place)
-            generator = torch.Generator()
-            generator.seed() if decoding.seed is None else generator.manual_seed(decoding.seed)
             passes = sequence(prompt, decoding, model.config.mask_token_id)
-            return Row(index, passes, generator, next(passes))
+            return Row(index, passes, next(passes))
         return None
 
     rows = [admit(place) for place in range(places)]
@@ -535,43 +479,42 @@ def _decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) 
         widths = [len(row.step.tokens) for row in rows]
         width = max(widths, key=widths.count)  # the width that most rows wait for
         group = [place for place, w in enumerate(widths) if w == width]
-        tokens = torch.tensor([rows[place].step.tokens for place in group], device=weight.device)
-        hidden = model.window(tokens, [rows[place].step.start for place in group], cache, size, group)
-        yield from reveal(model, hidden, [rows[place] for place in group], decoding)
+        steps = [rows[place].step for place in group]
+        tokens = torch.tensor([step.tokens for step in steps], device=weight.device)
+        hidden = model.window(tokens, [step.start for step in steps], cache, size, group)
+        for place, step, guesses in zip(group, steps, shifted_guesses(model, hidden, steps, decoding)):
+            step.row = rows[place].index
+            try:
+                rows[place].step = rows[place].passes.send(guesses)
+            except StopIteration:
+                rows[place].step = None
+            yield step
         for place in reversed(group):
-            if rows[place].step is None and (row := admit(place)):
-                rows[place] = row
-            elif rows[place].step is None:
-                last = rows.pop()  # the rows in use stay the first ones
-                if place < len(rows):
-                    cache.move(len(rows), place)
-                    rows[place] = last
+            if rows[place].step is None:
+                row, last = admit(place), len(rows) - 1
+                if not row and place < last:
+                    cache.move(last, place)  # the rows in use stay the first ones
+                rows[place] = row or rows[last]
+                del rows[last + bool(row) :]
 
 
-def reveal(model: Qwen2, hidden: Tensor, rows: list[Row], decoding: Decoding) -> Iterator[Pass]:
-    """Guess from the hidden states (B, T, D) of the rows' passes; the passes, complete, and the rows moved on."""
-    steps, config = [row.step for row in rows], model.config
-    # token shift: the guess for position i stands in the output at i - 1
+def shifted_guesses(model: Qwen2, hidden: Tensor, steps: list[Pass], decoding: Decoding) -> list[list]:
+    """The (token, confidence) guesses of each pass, from the hidden states (B, T, D) of their windows.
+
+    Token shift (paper, section 3): the guess for position i stands in the output at i - 1.
+    """
+    config, counts = model.config, [len(step.guessed) for step in steps]
+    if not any(counts):
+        return [[] for _ in steps]
     where = [(b, i - 1 - step.start) for b, step in enumerate(steps) for i in step.guessed]
-    guesses = iter(())
-    if where:
-        logits = model.logits(hidden[tuple(torch.tensor(where, device=hidden.device).T)])  # only rows that are used
-        if config.mask_token_id is not None:
-            logits[:, config.mask_token_id] = -torch.inf  # a mask is no guess
-        logits = logits[:, : config.tokenizer_size].float()
-        draws = logits.new_empty(0)
-        if decoding.temperature > 0:
-            draws = torch.cat([torch.rand(len(row.step.guessed), generator=row.generator) for row in rows])
-        tokens, confidence = guess(logits, decoding, draws.to(logits.device))
-        pairs = torch.stack([tokens.float(), confidence]).tolist()  # one transfer; float32 holds any id below 2**24
-        guesses = zip(map(int, pairs[0]), pairs[1])
-    for row, step in zip(rows, steps):
-        try:
-            row.step = row.passes.send([next(guesses) for _ in step.guessed])
-        except StopIteration:
-            row.step = None
-        step.row = row.index
-        yield step
+    logits = model.logits(hidden[tuple(torch.tensor(where, device=hidden.device).T)])  # only rows that are used
+    if config.mask_token_id is not None:
+        logits[:, config.mask_token_id] = -torch.inf  # a mask is no guess
+    draws = torch.cat([step.draws for step in steps]).to(logits.device)
+    tokens, confidence = guess(logits[:, : config.tokenizer_size].float(), decoding, draws)
+    # one transfer for both; float32 holds any id below 2**24
+    pairs = iter([(int(token), c) for token, c in torch.stack([tokens.float(), confidence], dim=1).tolist()])
+    return [[next(pairs) for _ in range(count)] for count in counts]
 
 
 @dataclass
@@ -689,6 +632,10 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 # --- Load and save ---
 
+SHAPE_KEYS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings"
+).split()
 INDEX = "model.safetensors.index.json"  # tensor name -> file, where the weights are in several
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
@@ -750,9 +697,61 @@ def pick_device(device: str) -> str:
     return device
 
 
+def parse_config(raw: dict) -> Config:
+    """From the contents of `config.json`. Raises InputError where it contradicts itself or asks for more."""
+    raw = {"bd_size": 1} | {key: value for key, value in raw.items() if value is not None}
+    rope = raw.get("rope_parameters", {})  # newer Transformers keep rope_theta in here
+    if type(raw.get("hidden_size")) is type(heads := raw.get("num_attention_heads")) is int and heads > 0:
+        ok = "head_dim" in raw or raw["hidden_size"] % heads == 0
+        require(ok, f"config.json: hidden_size {raw['hidden_size']} does not divide by {heads} heads.")
+        raw.setdefault("head_dim", raw["hidden_size"] // heads)
+    for key in [*SHAPE_KEYS, "bd_size"]:
+        ok = type(raw.get(key)) is int and raw[key] > 0
+        require(ok, f"config.json: {key} is {raw.get(key)!r}, it must be a positive integer.")
+    groups, vocab, mask = raw["num_key_value_heads"], raw["vocab_size"], raw.get("mask_token_id")
+    kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
+    plain = not raw.get("rope_scaling") and rope.get("rope_type", "default") == "default"
+    sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", [])
+    for ok, problem in [
+        (kind in ("qwen2", "Fast_dLLM_Qwen"), f"model_type is {kind!r}, only qwen2 and Fast_dLLM_Qwen are built"),
+        (activation == "silu", f"hidden_act is {activation!r}, only silu is built"),
+        (plain, "rope_scaling is set, and scaled rotary positions are not built; set it to null"),
+        (not sliding, "use_sliding_window is set, and sliding windows are not built; set it to false"),
+        (heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"),
+        (raw["head_dim"] % 2 == 0, f"head_dim is {raw['head_dim']}, rotary positions need an even one"),
+        (mask is None or 0 <= mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
+    ]:
+        require(ok, f"config.json: {problem}.")
+    stop = raw.get("eos_token_id", [])
+    return Config(
+        **{key: raw[key] for key in SHAPE_KEYS},
+        rms_norm_eps=raw.get("rms_norm_eps", Config.rms_norm_eps),
+        rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),  # Transformers' default
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        block_size=raw["bd_size"],
+        mask_token_id=mask,
+        stop_token_ids=tuple(stop) if isinstance(stop, list) else (stop,),
+    )
+
+
+def unparse_config(c: Config) -> dict:
+    """The contents of `config.json`: the published keys, and `mask_token_id`. A plain Qwen2 at block size 1."""
+    adapted = c.block_size > 1
+    raw = {
+        "architectures": ["Fast_dLLM_QwenForCausalLM" if adapted else "Qwen2ForCausalLM"],
+        "model_type": "Fast_dLLM_Qwen" if adapted else "qwen2",
+        **{key: getattr(c, key) for key in (*SHAPE_KEYS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")},
+        "hidden_act": "silu",
+        "eos_token_id": c.stop_token_ids[0] if len(c.stop_token_ids) == 1 else list(c.stop_token_ids),
+        "mask_token_id": c.mask_token_id,
+        "bd_size": c.block_size if adapted else None,
+    }
+    return {key: value for key, value in raw.items() if value not in (None, [])}
+
+
 def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
     """The checkpoint's config, with mask and stop tokens that stand in its other files only."""
-    config = Config.from_dict(read_json(folder / "config.json"))
+    config = parse_config(read_json(folder / "config.json"))
     stops, mask, size = list(config.stop_token_ids), config.mask_token_id, None
     if (folder / "generation_config.json").is_file():
         more = read_json(folder / "generation_config.json").get("eos_token_id") or []
@@ -813,7 +812,7 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head is not repeated
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    config = json.dumps(model.config.to_dict() | {"torch_dtype": dtype}, indent=2) + "\n"
+    config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
     files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
     replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
     for name, content in files.items():

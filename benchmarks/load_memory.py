@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fastdllm import Config, Qwen2
+from fastdllm import Config, Qwen2, unparse_config
 
 SHAPES = {
     "0.5b": Config(151936, 896, 4864, 24, 14, 2, 64, 32768, tie_word_embeddings=True),
@@ -53,7 +53,7 @@ def main(shape, dtype):
         weights = {name: torch.randn(p.shape).mul_(0.02).bfloat16() for name, p in model.named_parameters()}
         save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
         del weights
-        (Path(folder) / "config.json").write_text(json.dumps(config.to_dict()))
+        (Path(folder) / "config.json").write_text(json.dumps(unparse_config(config)))
         root = str(Path(__file__).parent.parent)
         run = subprocess.run(
             [sys.executable, "-c", LOADER, root, folder, dtype], check=True, capture_output=True, text=True
