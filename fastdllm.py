@@ -576,12 +576,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def chat(self, messages: Sequence[dict], reply: bool = True) -> list[int]:
-        """ChatML of messages with `role` and `content`; with `reply`, up to where the assistant's turn begins."""
+    def chat(self, messages: Sequence[dict]) -> list[int]:
+        """ChatML of messages with `role` and `content`, up to where the assistant's turn begins."""
         if self.system is not None and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        return self.encode(text + "<|im_start|>assistant\n" * reply)
+        return self.encode(text + "<|im_start|>assistant\n")
 
     def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
         """Text of ids that arrive in chunks, each character as soon as its last byte is there."""
