@@ -2,9 +2,11 @@
 
 import functools
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -24,6 +26,25 @@ class OneSentence(click.ClickException):
     """A user's mistake: one sentence on stderr and exit status 2."""
 
     exit_code = 2
+
+
+INTERRUPTED = 130  # exit status that a shell expects of a program that Ctrl-C ended
+
+
+@contextmanager
+def ctrl_c() -> Iterator[list]:
+    """A list that Ctrl-C fills, so that the pass in work ends first; pressed again, it interrupts at once."""
+    pressed = []
+
+    def handler(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def reports_mistakes(command):
@@ -224,16 +245,16 @@ def answer_one(model: Qwen2, tokenizer: Tokenizer | None, prompt: list[int], dec
         for step in decode(model, [prompt], decoding):
             result.add(step)
             yield step.final
+            if interrupted:
+                return
 
     began = time.perf_counter()
-    try:
+    with ctrl_c() as interrupted:
         texts = tokenizer.stream(chunks()) if tokenizer else (" ".join(map(str, ids)) + " " for ids in chunks() if ids)
         for text in texts:
             if not as_json:
                 click.echo(text, nl=False)
                 sys.stdout.flush()
-    except KeyboardInterrupt:
-        pass
     seconds = time.perf_counter() - began
     summary = report(result, prompt, tokenizer)
     summary |= {"seconds": seconds, "tokens_per_second": len(result.tokens) / seconds}
@@ -247,14 +268,14 @@ def answer_one(model: Qwen2, tokenizer: Tokenizer | None, prompt: list[int], dec
             err=True,
         )
     if result.finish_reason is None:
-        sys.exit(130)  # what a shell expects of a program that Ctrl-C ended
+        sys.exit(INTERRUPTED)
 
 
 def answer_file(model, tokenizer, records: list[dict], prompts: list[list[int]], decoding: Decoding, target) -> None:
     """Decode many prompts in batches; each answer is written as soon as all before it are, with its record's fields."""
     results, written = [Result() for _ in prompts], 0
     with click.open_file(target, "w", encoding="utf-8") as file, tqdm(total=len(prompts), unit="prompt") as bar:
-        try:
+        with ctrl_c() as interrupted:
             for step in decode(model, prompts, decoding):
                 results[step.row].add(step)
                 bar.update(step.finish_reason is not None)
@@ -263,9 +284,11 @@ def answer_file(model, tokenizer, records: list[dict], prompts: list[list[int]],
                     file.write(json.dumps(records[written] | answer, ensure_ascii=False) + "\n")
                     file.flush()
                     written += 1
-        except KeyboardInterrupt:
-            click.echo(f"Interrupted: {written} of {len(prompts)} answers are written.", err=True)
-            sys.exit(130)
+                if interrupted:
+                    break
+    if written < len(prompts):
+        click.echo(f"Interrupted: {written} of {len(prompts)} answers are written.", err=True)
+        sys.exit(INTERRUPTED)
     tokens, passes = sum(len(r.tokens) for r in results), sum(r.forward_passes for r in results)
     seconds = bar.format_dict["elapsed"]
     click.echo(

@@ -159,11 +159,12 @@ def test_ctrl_c_ends_with_what_was_generated(folders):
         "cpu",
     ]
     command += ["--prompt-ids", "1,2,3", "--max-new-tokens", "1000", "--cache", "none", "--threshold", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     first = process.stdout.read(1)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=60)
+    errors = errors.decode()
     assert process.returncode == 130 and "Traceback" not in errors
     tokens = (first + rest).split()
     assert re.search(rf"^{len(tokens)} tokens in .* interrupted$", errors, re.MULTILINE)
