@@ -1,20 +1,44 @@
 """Command line of Fast-dLLM v2: `python cli.py generate --threshold 0.9 --block-size 32`."""
 
 import functools
+import itertools
 import json
+import os
+import platform
+import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from datetime import date
+from functools import partial
 from pathlib import Path
 
 import click
+import torch
+from tokenizers import decoders
 from tqdm import tqdm
 
-from fastdllm import Config, Decoding, InputError, Qwen2, Result, Tokenizer, check_prompt, decode, load
+from fastdllm import (
+    Config,
+    Decoding,
+    InputError,
+    Pass,
+    Qwen2,
+    Result,
+    Tokenizer,
+    check_prompt,
+    decode,
+    load,
+    replace_file,
+    require,
+)
 
+TEMPLATE = Path(__file__).parent / "viewer" / "trace.html"
 SHIPPED = Path(__file__).parent / "tiny" / "checkpoint"
 SAMPLE = (
     "Otto has 5 boxes with 5 buttons in each. Lily gives Otto 8 more. He shares them equally among 3 friends. "
@@ -79,6 +103,15 @@ HELP = {
 }
 
 
+def check_sub_block(context: click.Context, parameter, size: int) -> int:
+    """The default sub-block shrinks to smaller blocks; one that was asked for must divide the block."""
+    block = context.params.get("block_size")
+    chosen = context.get_parameter_source(parameter.name) is not click.core.ParameterSource.DEFAULT
+    if chosen and block and size > 0 and block > 0 and block % size:
+        raise OneSentence(f"sub_block_size {size} does not divide block_size {block}; take a divisor of {block}.")
+    return size
+
+
 def decoding_options(command):
     """One option for each field of Decoding, with its default."""
     for knob in reversed(fields(Decoding)):
@@ -87,8 +120,12 @@ def decoding_options(command):
         kind = {"cache": click.Choice(["none", "block", "dual"])}.get(knob.name)
         kind = kind or (float if isinstance(knob.default, float) else int)
         name = "--" + knob.name.replace("_", "-")
-        shown = knob.default is not None
-        command = click.option(name, type=kind, default=knob.default, show_default=shown, help=HELP[knob.name])(command)
+        extra = {"show_default": knob.default is not None, "help": HELP[knob.name]}
+        if knob.name == "sub_block_size":
+            extra["callback"] = check_sub_block
+        if knob.name == "block_size":
+            extra["is_eager"] = True  # the sub-block's check needs it
+        command = click.option(name, type=kind, default=knob.default, **extra)(command)
     return command
 
 
@@ -106,27 +143,27 @@ def model_options(command):
 # --- Prompts ---
 
 
-def encode_prompt(record: dict, tokenizer: Tokenizer | None, system: str | None, raw: bool) -> list[int]:
+def encode_prompt(record: dict, tokenizer: Tokenizer | None, system: str | None = None, raw: bool = False) -> list[int]:
     """Token ids of a record with `prompt_ids`, `messages` or `prompt`. Raises InputError for anything else."""
     if "prompt_ids" in record:
-        ids = record["prompt_ids"]
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise InputError("prompt_ids must be a list of integers.")
-        return ids
-    if tokenizer is None:
-        raise InputError("The checkpoint has no tokenizer; give token ids with --prompt-ids.")
+        require(isinstance(record["prompt_ids"], list), "prompt_ids must be a list of integers.")
+        require(not raw and system is None, "--raw and --system are for text, not for token ids.")
+        return record["prompt_ids"]
+    require(tokenizer, "The checkpoint has no tokenizer; give token ids with --prompt-ids.")
+    messages = record.get("messages")
     if "prompt" in record:
-        if not isinstance(record["prompt"], str) or not record["prompt"].strip():
-            raise InputError("The prompt is empty; give it some text.")
+        prompt = record["prompt"]
+        require(isinstance(prompt, str) and prompt.strip(), "The prompt is empty; give it some text.")
         if raw:
-            return tokenizer.encode(record["prompt"])
-        messages = [{"role": "user", "content": record["prompt"]}]
-    else:
-        messages = record.get("messages")
+            require(system is None, "--raw continues the prompt as it is, so --system has no place in it.")
+            return tokenizer.encode(prompt)
+        messages = [{"role": "user", "content": prompt}]
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    if not good or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
-        raise InputError("this needs `prompt`, `prompt_ids`, or `messages`: objects with `role` and `content`.")
+    good = good and all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+    require(good, "This needs `prompt`, `prompt_ids`, or `messages`: objects with `role` and `content`.")
+    require(not raw, "--raw is for a prompt, not for messages.")
     if system is not None:
+        require(messages[0]["role"] != "system", "The messages have a system message already; leave --system out.")
         messages = [{"role": "system", "content": system}, *messages]
     return tokenizer.chat(messages)
 
@@ -134,19 +171,18 @@ def encode_prompt(record: dict, tokenizer: Tokenizer | None, system: str | None,
 def read_jsonl(path: str) -> dict[str, dict]:
     """The objects of a JSONL file ("-": standard input), by where they stand. Raises InputError for a broken line."""
     records = {}
-    with click.open_file(path, encoding="utf-8") as file:
+    with click.open_file(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
                 records[place] = json.loads(line)
-            except ValueError as error:
+                json.dumps(records[place], ensure_ascii=False).encode()
+            except ValueError as error:  # no JSON, no UTF-8, half a surrogate pair
                 raise InputError(f"{place}: not valid JSON ({error}).") from None
-            if not isinstance(records[place], dict):
-                raise InputError(f"{place}: not a JSON object.")
-    if not records:
-        raise InputError(f"{path}: holds no prompts.")
+            require(isinstance(records[place], dict), f"{place}: not a JSON object.")
+    require(records, f"{path}: holds no records.")
     return records
 
 
@@ -161,10 +197,34 @@ def report(result: Result, prompt: list[int], tokenizer: Tokenizer | None) -> di
         "prompt_tokens": len(prompt),
         "new_tokens": len(result.tokens),
         "passes": result.passes,
-        "forward_passes": result.forward_passes,
-        "tokens_per_forward": len(result.tokens) / max(1, result.forward_passes),
+        **rates([result]),
         "finish_reason": result.finish_reason or "interrupted",
     }
+
+
+def rates(results: list[Result], seconds: float | None = None) -> dict:
+    """Counts and rates of answers, without their prefills; tokens per second where the time is known."""
+    tokens, passes = sum(len(r.tokens) for r in results), sum(r.forward_passes for r in results)
+    found = {"forward_passes": passes, "tokens_per_forward": tokens / max(1, passes)}
+    return found | ({"seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {})
+
+
+def summary_line(tokens: int, found: dict, reason: str = "") -> str:
+    line = f"{tokens} tokens in {found['forward_passes']} forward passes: {found['tokens_per_forward']:.2f} tokens per "
+    return line + f"forward, {found['tokens_per_second']:.1f} tokens/s" + (f", {reason}" if reason else "")
+
+
+def environment() -> dict:
+    """What a number was measured on and with."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        processor = names[0] if names else processor
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"hardware": hardware, "threads": torch.get_num_threads(), **versions, "command": command,
+            "date": date.today().isoformat()}  # fmt: skip
 
 
 def warn_of_block_size(config: Config, decoding: Decoding) -> None:
@@ -198,28 +258,33 @@ def cli():
 @click.option("--input", "source", help="JSONL with `prompt`, `messages` or `prompt_ids` a line; - is standard input.")
 @click.option("--output", "target", default="-", help="Where the answers of --input go, as JSONL  [default: stdout]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--watch", "live", is_flag=True, help="Draw the block in work, coloured by pass, in a terminal.")
+@click.option("--trace", help="Write a page that replays the passes to this HTML file.")
 @reports_mistakes
-def generate(prompt, model, device, dtype, system, raw, prompt_ids, source, target, as_json, **knobs):
+def generate(prompt, model, device, dtype, system, raw, prompt_ids, source, target, as_json, live, trace, **knobs):
     """Answer PROMPT, or what is piped in, or a sample problem."""
-    if sum(given is not None for given in (prompt, prompt_ids, source)) > 1:
-        raise InputError("PROMPT, --prompt-ids and --input exclude one another; give one of them.")
-    if target != "-" and source is None:
-        raise InputError("--output needs --input; a single answer goes to standard output.")
-    decoding = Decoding(**knobs)
+    given = sum(value is not None for value in (prompt, prompt_ids, source))
+    require(given < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
+    require(target == "-" or source is not None, "--output needs --input; one answer goes to standard output.")
+    many = source is not None and (as_json or live or trace)
+    require(not many, "--json, --watch and --trace show one answer; answers to --input are JSON lines anyway.")
+    folder = Path(trace).absolute().parent if trace else Path()
+    require(folder.is_dir(), f"--trace {trace}: the folder {folder} does not exist.")
+    decoding = Decoding(**knobs, runner_up=trace is not None)
     if source is not None:
         records = read_jsonl(source)
     elif prompt_ids is not None:
         try:
-            records = {"--prompt-ids": {"prompt_ids": [int(i) for i in prompt_ids.split(",")]}}
+            records = {"": {"prompt_ids": [int(i) for i in prompt_ids.split(",")]}}
         except ValueError:
             raise InputError(f'--prompt-ids is {prompt_ids!r}; give integers with commas, like "1,2,3".') from None
     else:
-        if prompt is None and not sys.stdin.isatty():
-            prompt = sys.stdin.read().strip() or None
+        if prompt is None and sys.stdin and not sys.stdin.isatty():
+            prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").strip() or None
         if prompt is None:
             prompt = SAMPLE
             click.echo(f"{prompt}\n", err=True)
-        records = {"PROMPT": {"prompt": prompt}}
+        records = {"": {"prompt": prompt}}
 
     network, tokenizer = load(model, device, dtype)
     decoding = decoding.resolve(network.config)
@@ -229,73 +294,194 @@ def generate(prompt, model, device, dtype, system, raw, prompt_ids, source, targ
             prompts.append(encode_prompt(record, tokenizer, system, raw))
             check_prompt(prompts[-1], decoding, network.config)
         except InputError as error:
-            raise InputError(f"{place}: {error}" if source is not None else str(error)) from None
+            raise InputError(f"{place}: {error}" if place else str(error)) from None
     warn_of_block_size(network.config, decoding)
     if source is not None:
         answer_file(network, tokenizer, list(records.values()), prompts, decoding, target)
     else:
-        answer_one(network, tokenizer, prompts[0], decoding, as_json)
+        answer_one(network, tokenizer, prompts[0], decoding, as_json, live and sys.stdout.isatty(), trace)
 
 
-def answer_one(model: Qwen2, tokenizer: Tokenizer | None, prompt: list[int], decoding: Decoding, as_json: bool) -> None:
+def answer_one(
+    model: Qwen2, tokenizer: Tokenizer | None, prompt: list[int], decoding: Decoding, as_json: bool, live: bool, trace
+) -> None:
     """Decode one prompt: text to stdout as it becomes final and a summary to stderr, or one JSON object."""
-    result = Result()
-
-    def chunks() -> Iterator[list[int]]:
-        for step in decode(model, [prompt], decoding):
-            result.add(step)
-            yield step.final
-            if interrupted:
-                return
-
     began = time.perf_counter()
-    with ctrl_c() as interrupted:
-        texts = tokenizer.stream(chunks()) if tokenizer else (" ".join(map(str, ids)) + " " for ids in chunks() if ids)
-        for text in texts:
-            if not as_json:
-                click.echo(text, nl=False)
-                sys.stdout.flush()
-    seconds = time.perf_counter() - began
-    summary = report(result, prompt, tokenizer)
-    summary |= {"seconds": seconds, "tokens_per_second": len(result.tokens) / seconds}
+    steps = []
+    show = (lambda text: None) if as_json else lambda text: click.echo(text, nl=False)
+    result = stream_answer(model, tokenizer, prompt, decoding, show, live=live and not as_json, keep=steps)
+    found = report(result, prompt, tokenizer) | rates([result], time.perf_counter() - began)
     if as_json:
-        click.echo(json.dumps(summary | asdict(decoding), ensure_ascii=False))
+        click.echo(json.dumps(found | asdict(decoding), ensure_ascii=False))
     else:
         click.echo()
-        click.echo(
-            "{new_tokens} tokens in {forward_passes} forward passes: {tokens_per_forward:.2f} tokens per forward, "
-            "{tokens_per_second:.1f} tokens/s, {finish_reason}".format(**summary),
-            err=True,
-        )
+        click.echo(summary_line(found["new_tokens"], found, found["finish_reason"]), err=True)
+    if trace:
+        page = trace_page(tokenizer, prompt, steps, result, decoding)
+        replace_file(Path(trace), partial(Path.write_text, data=page, encoding="utf-8"))
     if result.finish_reason is None:
         sys.exit(INTERRUPTED)
 
 
-def answer_file(model, tokenizer, records: list[dict], prompts: list[list[int]], decoding: Decoding, target) -> None:
-    """Decode many prompts in batches; each answer is written as soon as all before it are, with its record's fields."""
-    results, written = [Result() for _ in prompts], 0
-    with click.open_file(target, "w", encoding="utf-8") as file, tqdm(total=len(prompts), unit="prompt") as bar:
-        with ctrl_c() as interrupted:
-            for step in decode(model, prompts, decoding):
-                results[step.row].add(step)
-                bar.update(step.finish_reason is not None)
-                while written < len(prompts) and results[written].finish_reason:
-                    answer = report(results[written], prompts[written], tokenizer)
-                    file.write(json.dumps(records[written] | answer, ensure_ascii=False) + "\n")
-                    file.flush()
-                    written += 1
-                if interrupted:
-                    break
-    if written < len(prompts):
-        click.echo(f"Interrupted: {written} of {len(prompts)} answers are written.", err=True)
+def stream_answer(
+    model, tokenizer, prompt, decoding, show, memory=None, live=False, keep: list | None = None
+) -> Result:
+    """Decode one prompt, handing text to `show` as it becomes final; Ctrl-C ends it after the pass in work."""
+    result = Result()
+
+    def chunks() -> Iterator[list[int]]:
+        steps = decode(model, [prompt], decoding, memory)
+        for step in watch(tokenizer, steps, len(prompt), model.config.mask_token_id, show) if live else steps:
+            result.add(step)
+            if keep is not None:
+                keep.append(step)
+            yield step.final
+            if interrupted:
+                return
+
+    with ctrl_c() as interrupted:
+        texts = tokenizer.stream(chunks()) if tokenizer else (" ".join(map(str, ids)) + " " for ids in chunks() if ids)
+        for text in texts:
+            if not live:
+                show(text)
+                sys.stdout.flush()
+    return result
+
+
+def in_order(model: Qwen2, prompts: list[list[int]], decoding: Decoding, done: int = 0) -> Iterator[Result]:
+    """Decode prompts in batches; each result comes as soon as all before it have. Shows a bar; Ctrl-C ends it early."""
+    results, given = [Result() for _ in prompts], 0
+    total = done + len(prompts)
+    with tqdm(total=total, initial=done, unit="prompt") as bar, ctrl_c() as interrupted:
+        for step in decode(model, prompts, decoding):
+            results[step.row].add(step)
+            bar.update(step.finish_reason is not None)
+            while given < len(prompts) and results[given].finish_reason:
+                yield results[given]
+                given += 1
+            if interrupted:
+                break
+    if given < len(prompts):
+        click.echo(f"Interrupted: {done + given} of {total} answers are written.", err=True)
         sys.exit(INTERRUPTED)
-    tokens, passes = sum(len(r.tokens) for r in results), sum(r.forward_passes for r in results)
-    seconds = bar.format_dict["elapsed"]
-    click.echo(
-        f"{len(prompts)} answers, {tokens} tokens in {passes} forward passes: {tokens / max(1, passes):.2f} tokens per "
-        f"forward, {tokens / seconds:.1f} tokens/s",
-        err=True,
-    )
+
+
+def answer_file(model, tokenizer, records: list[dict], prompts: list[list[int]], decoding: Decoding, target) -> None:
+    """Decode many prompts; each answer is written with its record's fields."""
+    results, began = [], time.perf_counter()
+    with click.open_file(target, "w", encoding="utf-8") as file:
+        for record, prompt, result in zip(records, prompts, in_order(model, prompts, decoding)):
+            results.append(result)
+            file.write(json.dumps(record | report(result, prompt, tokenizer), ensure_ascii=False) + "\n")
+            file.flush()
+    found = rates(results, time.perf_counter() - began)
+    tokens = sum(len(result.tokens) for result in results)
+    click.echo(f"{len(prompts)} answers, " + summary_line(tokens, found), err=True)
+
+
+# --- Views ---
+
+RAMP = (33, 39, 44, 43, 42, 41, 77, 113, 149, 185, 221, 215, 209, 203, 204, 205, 206, 170, 134, 98)  # terminal colours
+BLANK = "\u2591\u2591"  # a mask, as wide as a short word
+
+
+def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> list[str | None]:
+    """Text of each token; None for a mask. A character of several tokens is the last one's."""
+    texts, stream = [], None
+    for i in ids:
+        stream = stream or decoders.DecodeStream(skip_special_tokens=False)
+        texts.append(None if i is None else stream.step(tokenizer.encoder, i) or "")
+        stream = None if i is None else stream
+    return texts
+
+
+def cell_width(character: str) -> int:
+    """Columns of a terminal that a character takes."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def wrapped(cells: list[tuple[str, object]], width: int) -> list[list[tuple[str, object]]]:
+    """Cells of (text, mark) broken into lines of at most `width` columns; every character keeps its cell's mark."""
+    lines, column = [[]], 0
+    for text, mark in cells:
+        for character in text.expandtabs(4):
+            if character == "\n":
+                lines.append([])
+                column = 0
+                continue
+            if unicodedata.category(character) == "Cc":
+                character = "\ufffd"  # a model must not steer the terminal
+            if column + cell_width(character) > width:
+                lines.append([])
+                column = 0
+            lines[-1].append((character, mark))
+            column += cell_width(character)
+    return lines
+
+
+def watch(tokenizer: Tokenizer, steps: Iterable[Pass], begin: int, mask: int, show) -> Iterator[Pass]:
+    """Draw the block in work after each pass, masks as blanks and tokens coloured by their pass; passes go through.
+
+    Lines that cannot change any more are left behind, so that an answer may be longer than the window is high.
+    """
+    plain = "NO_COLOR" in os.environ
+    tokens, revealed_by, printed, height = [], {}, 0, 0
+    for number, step in enumerate(steps):
+        if step.kind != "prefill" and step.start + len(step.tokens) > begin:
+            block = {step.start + i: token for i, token in enumerate(step.tokens)}
+            tokens += [mask] * (max(block) + 1 - begin - len(tokens))
+        for kept in step.revealed:
+            tokens += [mask] * (kept.position + 1 - begin - len(tokens))
+            tokens[kept.position - begin] = kept.token
+            revealed_by[kept.position - begin] = number
+        if step.finish_reason:
+            tokens = tokens[: next(i for i, t in enumerate(tokens + [mask]) if t == mask)]
+        texts = token_texts(tokenizer, [None if t == mask else t for t in tokens])
+        cells = [(BLANK if text is None else text, revealed_by.get(i)) for i, text in enumerate(texts)]
+        lines = wrapped(cells, shutil.get_terminal_size().columns - 1)
+        drawn = []
+        for line in lines[printed:]:
+            styled = ""
+            for mark, run in itertools.groupby(line, key=lambda cell: cell[1]):
+                text = "".join(character for character, _ in run)
+                colour = 240 if mark is None else RAMP[mark % len(RAMP)]
+                styled += text if plain else f"\x1b[38;5;{colour}m{text}\x1b[0m"
+            drawn.append(styled)
+        up = f"\x1b[{height - 1}A" if height > 1 else ""
+        show(f"{up}\r\x1b[J" * (height > 0) + "\n".join(drawn))
+        sys.stdout.flush()
+        masked = [any(mark is None for _, mark in line) for line in lines]
+        settled = masked.index(True) if True in masked else len(lines) - 1
+        height = len(lines) - max(printed, settled)
+        printed = max(printed, settled)
+        yield step
+
+
+def trace_page(tokenizer: Tokenizer | None, prompt, steps: list[Pass], result: Result, decoding: Decoding) -> str:
+    """A page that replays the passes, from the template beside this file; whatever the model wrote is escaped."""
+    text_of = (lambda ids: token_texts(tokenizer, ids)) if tokenizer else lambda ids: [f" {i}" for i in ids]
+    found = sorted((kept, number) for number, step in enumerate(steps) for kept in step.revealed)
+    found = found[: len(result.tokens)]
+    tokens = []
+    for (kept, number), text in zip(found, text_of([kept.token for kept, _ in found])):
+        other, probability = kept.runner_up
+        runner_up = {"text": text_of([other])[0], "confidence": probability}
+        fields = {"position": kept.position, "text": text, "pass": number, "confidence": kept.confidence}
+        tokens.append(fields | {"runner_up": runner_up})
+    counts = rates([result])
+    data = {
+        "title": "How the answer was written",
+        "prompt": tokenizer.decode(prompt, skip_special_tokens=False) if tokenizer else " ".join(map(str, prompt)),
+        "summary": f"{len(tokens)} tokens in {counts['forward_passes']} forward passes: "
+        f"{counts['tokens_per_forward']:.2f} tokens per forward, {result.finish_reason or 'interrupted'}",
+        "options": {name: getattr(decoding, name) for name in HELP if name != "batch_size"},
+        "passes": [{"kind": s.kind, "start": s.start, "stop": s.start + len(s.tokens)} for s in steps],
+        "tokens": tokens,
+    }
+    escaped = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return TEMPLATE.read_text(encoding="utf-8").replace('"@@TRACE@@"', escaped)
 
 
 if __name__ == "__main__":

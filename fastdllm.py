@@ -18,12 +18,14 @@ The file needs torch, safetensors and tokenizers only, and works when copied alo
 """
 
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +76,6 @@ class Config:
 
 # --- Mask ---
 
-CAUSAL = "causal"  # block size 1 from position 0 on: the kernel knows this mask, no tensor is needed
-
 
 def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
     """May the query at position a see the key at position b? Where a // size >= b // size (paper, section 3).
@@ -85,18 +85,19 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
     return queries[..., None] // block_size >= keys // block_size
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | Callable | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Callable | None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v; q (B, H, T, d), k and v (B, K, S, d), key head h serves H / K query heads.
 
-    mask: None, every query sees every key; CAUSAL; bool, broadcast to (B, H, T, S); or a function of q, k and v that
-    computes the same in a way of its own.
+    mask: None, every query sees every key; bool, broadcast to (B, H, T, S); or a function of q, k and v that attends
+    in a way of its own, like CAUSAL.
     """
     if callable(mask):
         return mask(q, k, v)
-    causal = isinstance(mask, str)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if causal else mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+CAUSAL = partial(attention, mask=None, causal=True)  # block size 1 from position 0 on: the kernel knows this mask
 
 
 # --- Cache ---
@@ -119,9 +120,14 @@ class KVCache:
             cache[rows, positions] = new.transpose(1, 2)
         return self.k[layer][read].transpose(1, 2), self.v[layer][read].transpose(1, 2)
 
-    def clear(self, row: int) -> None:
-        """Make a row ready for a new prompt: slots that a mask hides are still read, so they must be finite."""
-        self.k[:, row] = self.v[:, row] = 0
+    def clear(self, row: int, start: int = 0) -> None:
+        """Empty a row from `start` on: slots that a mask hides are still read, so they must be finite."""
+        self.k[:, row, start:] = self.v[:, row, start:] = 0
+
+    def grow(self, length: int) -> None:
+        """Make room for positions up to `length`; what is written stays."""
+        if (more := length - self.k.shape[2]) > 0:
+            self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.k, self.v))
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over another one, so that the rows in use stay the first ones."""
@@ -281,7 +287,8 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, T
     if temperature == 0:
         temperature, top_p = 1.0, 1.0
     p, ids = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
-    p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
+    if top_p < 1:  # at 1 nothing is dropped, whatever the rounding of the sum
+        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)
     return p / p.sum(-1, keepdim=True), ids
 
 
@@ -296,7 +303,8 @@ def guess(logits: Tensor, decoding: "Decoding", draws: Tensor) -> tuple[Tensor, 
         return tokens, (best - logits.logsumexp(-1)).exp()
     p, ids = nucleus(logits, decoding.temperature, decoding.top_p)
     kept = (p > 0).sum(-1, keepdim=True)
-    place = torch.searchsorted(p.cumsum(-1), draws[:, None], right=True).minimum(kept - 1)  # rounding may overshoot
+    place = torch.searchsorted(p.cumsum(-1), draws[:, None], right=True)
+    place = place.minimum(kept - 1).clamp(min=0)  # the sum is rounded, so a draw may lie above it
     return ids.gather(1, place)[:, 0], p.gather(1, place)[:, 0]
 
 
@@ -327,16 +335,23 @@ class Decoding:
     stop_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's; (): none
     seed: int | None = None  # with a seed, a prompt's tokens depend on nothing but prompt and options
     batch_size: int = 16  # prompts decoded at the same time
+    runner_up: bool = False  # also record the second-best token of each guess
 
     def __post_init__(self):
+        whole = lambda v: type(v) is int and v >= 1
+        number = lambda v, most: isinstance(v, (int, float)) and 0 <= v <= most
         for names, ok, rule in [
-            ("block_size sub_block_size max_new_tokens batch_size", lambda v: v is None or v >= 1, "be at least 1"),
-            ("threshold top_p", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
-            ("temperature", lambda v: 0 <= v < float("inf"), "be 0 or more"),
+            ("sub_block_size max_new_tokens batch_size", whole, "be a whole number of at least 1"),
+            ("block_size", lambda v: v is None or whole(v), "be a whole number of at least 1, or None"),
+            ("threshold top_p", lambda v: number(v, 1), "lie in [0, 1]"),
+            ("temperature", lambda v: v == 0 or number(v, 1e4) and v >= 1e-4, "be 0, or between 0.0001 and 10000"),
             ("cache", lambda v: v in ("none", "block", "dual"), "be none, block or dual"),
+            ("seed", lambda v: v is None or type(v) is int and 0 <= v < 2**63, "be between 0 and 2**63 - 1, or None"),
+            ("stop_token_ids", lambda v: v is None or {type(i) for i in v} <= {int}, "be a list of token ids, or None"),
         ]:
             for name in names.split():
-                require(ok(getattr(self, name)), f"{name} is {getattr(self, name)!r}, it must {rule}.")
+                value = getattr(self, name)
+                require(ok(value), f"{name} is {value!r}, it must {rule}.")
 
     def resolve(self, config: Config) -> "Decoding":
         """With the checkpoint's values for what is None. Raises InputError where checkpoint and options clash."""
@@ -350,6 +365,15 @@ class Decoding:
         return replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop)
 
 
+class Revealed(NamedTuple):
+    """A guess that was kept."""
+
+    position: int
+    token: int
+    confidence: float
+    runner_up: tuple[int, float] | None = None  # the most probable other token, where it was asked for
+
+
 @dataclass
 class Pass:
     """One forward pass over one row's window: what it ran, and once it ran, what came of it."""
@@ -360,16 +384,19 @@ class Pass:
     guessed: list[int]  # positions guessed, position i from the output at i - 1 (token shift)
     draws: Tensor  # a uniform number for each of them
     row: int = 0  # the prompt's index
-    revealed: list[tuple[int, int, float]] = field(default_factory=list)  # (position, token, confidence)
+    revealed: list[Revealed] = field(default_factory=list)
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
     finish_reason: str | None = None  # in a row's last pass: "stop" or "length"
 
 
-def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Generator[Pass, list, None]:
+def sequence(
+    prompt: Sequence[int], decoding: Decoding, mask: int | None, known: int = 0
+) -> Generator[Pass, list, None]:
     """The passes that write one answer (paper, section 4 and algorithm 1): the whole method, without the network.
 
-    Yields each pass that it needs and is sent the guesses, a list of (token, confidence) for `guessed`; `decoding` is
-    resolved. A pass is complete, with what it revealed, when the next one is asked for.
+    Yields each pass that it needs and is sent the guesses, a list of (token, confidence, runner-up) for `guessed`;
+    `decoding` is resolved. A pass is complete, with what it revealed, when the next one is asked for. The first
+    `known` positions of the prompt, whole blocks, are in the cache already.
     """
     size, sub = decoding.block_size, decoding.sub_block_size
     tokens, limit, stops = list(prompt), len(prompt) + decoding.max_new_tokens, set(decoding.stop_token_ids)
@@ -378,16 +405,16 @@ def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Gen
     threshold = torch.tensor(decoding.threshold).item()  # confidences are float32, so compare with one
     final = len(prompt)  # everything before is known for good
 
-    def run(kind, start, stop, guessed, threshold=0.0):
+    def run(kind, start, stop, guessed):
         """One pass, and the guesses that it reveals; true when the answer is complete."""
         nonlocal final
         step = Pass(kind, start, tokens[start:stop], guessed, torch.rand(len(guessed), generator=generator))
         guesses = yield step
         if guessed:
-            for i in accept([confidence for _, confidence in guesses], threshold):
-                step.revealed.append((guessed[i], *guesses[i]))
-        for position, token, _ in step.revealed:
-            tokens[position : position + 1] = [token]  # replaces a mask, or is appended
+            for i in accept([confidence for _, confidence, _ in guesses], threshold):
+                step.revealed.append(Revealed(guessed[i], *guesses[i]))
+        for kept in step.revealed:
+            tokens[kept.position : kept.position + 1] = [kept.token]  # replaces a mask, or is appended
         while final < min(len(tokens), limit) and tokens[final] != mask and not step.finish_reason:
             step.final.append(tokens[final])
             final += 1
@@ -396,8 +423,9 @@ def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Gen
 
     begin = len(prompt) // size * size  # of the block in work
     aligned = begin == len(prompt)  # then the block's first token comes from the prefill's last row
-    if aligned or (begin and decoding.cache != "none"):
-        if (yield from run("prefill", 0, begin, [begin] * aligned)):
+    first = 0 if decoding.cache == "none" else min(known, begin - size * aligned)
+    if aligned or (first < begin and decoding.cache != "none"):
+        if (yield from run("prefill", first, begin, [begin] * aligned)):
             return
     while True:
         end = begin + size
@@ -413,7 +441,7 @@ def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Gen
                 else:
                     kind, start, stop = "refresh" if decoding.cache == "dual" else "full", origin, end
                     cached = decoding.cache == "dual"
-                if (yield from run(kind, start, stop, masked, threshold)):
+                if (yield from run(kind, start, stop, masked)):
                     return
         # commit: the finished block runs once more without masks, and its last row begins the next block
         if (yield from run("commit", origin, end, [end])):
@@ -421,32 +449,56 @@ def sequence(prompt: Sequence[int], decoding: Decoding, mask: int | None) -> Gen
         begin = end
 
 
-def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> None:
-    """Raises InputError for a prompt that cannot be decoded."""
+def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> list[int]:
+    """The prompt as a list of ints. Raises InputError where it cannot be decoded."""
+    try:
+        prompt = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise InputError("Prompts are a list of lists of token ids; encode text first, and wrap one prompt.") from None
     vocab, limit = config.tokenizer_size or config.vocab_size, config.max_position_embeddings
-    require(len(prompt), "The prompt is empty; give at least one token.")
+    require(prompt, "The prompt is empty; give at least one token.")
     for token in prompt:
         require(0 <= token < vocab, f"The prompt has token id {token}, outside the vocabulary of {vocab}.")
         masked = token == config.mask_token_id
         require(not masked, f"The prompt has the mask token, id {token}, which only the decoder may write.")
-    require(
-        len(prompt) + decoding.max_new_tokens <= limit,
-        f"{len(prompt)} prompt tokens and {decoding.max_new_tokens} new ones make "
-        f"{len(prompt) + decoding.max_new_tokens} positions, the model has {limit}; lower max_new_tokens.",
-    )
+    total = len(prompt) + decoding.max_new_tokens
+    sizes = f"{len(prompt)} prompt tokens and {decoding.max_new_tokens} new ones make {total} positions"
+    require(total <= limit, f"{sizes}, the model has {limit}; lower max_new_tokens or shorten the prompt.")
+    return prompt
 
 
-def decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Pass]:
+class Memory:
+    """A conversation's cache, kept from one `decode` to the next, so that a turn pays only for what is new in it."""
+
+    def __init__(self):
+        self.cache, self.block_size = None, 0
+        self.tokens = []  # of the blocks that are committed
+
+    def recall(self, prompt: Sequence[int], block_size: int) -> int:
+        """How many first positions of the prompt, whole blocks, are in the cache; the rest is forgotten."""
+        known, most = 0, min(len(self.tokens), len(prompt)) if block_size == self.block_size else 0
+        while known + block_size <= most:
+            if self.tokens[known : known + block_size] != list(prompt[known : known + block_size]):
+                break
+            known += block_size
+        self.tokens, self.block_size = self.tokens[:known], block_size
+        return known
+
+
+def decode(
+    model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding, memory: Memory | None = None
+) -> Iterator[Pass]:
     """Decode prompts (lists of token ids), yielding a `Pass` for each pass of each row as it completes.
 
     Rows walk on by themselves: those that wait for windows of the same width share a forward pass, and a finished row
-    leaves its place to the next prompt. A row's tokens are those of its prompt decoded alone.
+    leaves its place to the next prompt. A row's tokens are those of its prompt decoded alone. With a `memory`, for one
+    prompt only, blocks that an earlier call has committed are not run again.
     Raises InputError, before anything runs, for options or prompts that cannot work.
     """
     decoding = decoding.resolve(model.config)
-    for prompt in prompts:
-        check_prompt(prompt, decoding, model.config)
-    return _decode(model, prompts, decoding)
+    prompts = [check_prompt(prompt, decoding, model.config) for prompt in prompts]
+    require(memory is None or len(prompts) == 1, f"A memory serves one prompt, not {len(prompts)}.")
+    return _decode(model, prompts, decoding, memory)
 
 
 @dataclass
@@ -459,25 +511,31 @@ class Row:
 
 
 @torch.inference_mode()
-def _decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Pass]:
+def _decode(
+    model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding, memory: Memory | None
+) -> Iterator[Pass]:
     size, weight = decoding.block_size, model.model.embed_tokens.weight
     longest = max((len(prompt) + decoding.max_new_tokens for prompt in prompts), default=0)
     places = min(len(prompts), decoding.batch_size)
-    cache = KVCache(model.config, places, round_up(longest, size), weight)
+    cache = memory.cache if memory else None
+    cache = cache or KVCache(model.config, places, round_up(longest, size), weight)
+    cache.grow(round_up(longest, size))
     waiting = iter(enumerate(prompts))
 
     def admit(place: int) -> Row | None:
         """The next waiting prompt, if any, as the row at this place of the cache."""
         for index, prompt in waiting:
-            cache.clear(place)
-            passes = sequence(prompt, decoding, model.config.mask_token_id)
+            known = memory.recall(prompt, size) if memory else 0
+            cache.clear(place, known)
+            passes = sequence(prompt, decoding, model.config.mask_token_id, known)
             return Row(index, passes, next(passes))
         return None
 
     rows = [admit(place) for place in range(places)]
     while rows:
         widths = [len(row.step.tokens) for row in rows]
-        width = max(widths, key=widths.count)  # the width that most rows wait for
+        # prefills first, so that rows come together; then the width that most rows wait for
+        width = max(widths, key=lambda w: (w > size, widths.count(w)))
         group = [place for place, w in enumerate(widths) if w == width]
         steps = [rows[place].step for place in group]
         tokens = torch.tensor([step.tokens for step in steps], device=weight.device)
@@ -488,6 +546,8 @@ def _decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) 
                 rows[place].step = rows[place].passes.send(guesses)
             except StopIteration:
                 rows[place].step = None
+            if memory and step.kind in ("prefill", "commit"):
+                memory.cache, memory.tokens[step.start :] = cache, step.tokens
             yield step
         for place in reversed(group):
             if rows[place].step is None:
@@ -499,7 +559,7 @@ def _decode(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) 
 
 
 def shifted_guesses(model: Qwen2, hidden: Tensor, steps: list[Pass], decoding: Decoding) -> list[list]:
-    """The (token, confidence) guesses of each pass, from the hidden states (B, T, D) of their windows.
+    """The guesses (token, confidence, runner-up) of each pass, from the hidden states (B, T, D) of their windows.
 
     Token shift (paper, section 3): the guess for position i stands in the output at i - 1.
     """
@@ -511,10 +571,17 @@ def shifted_guesses(model: Qwen2, hidden: Tensor, steps: list[Pass], decoding: D
     if config.mask_token_id is not None:
         logits[:, config.mask_token_id] = -torch.inf  # a mask is no guess
     draws = torch.cat([step.draws for step in steps]).to(logits.device)
-    tokens, confidence = guess(logits[:, : config.tokenizer_size].float(), decoding, draws)
-    # one transfer for both; float32 holds any id below 2**24
-    pairs = iter([(int(token), c) for token, c in torch.stack([tokens.float(), confidence], dim=1).tolist()])
-    return [[next(pairs) for _ in range(count)] for count in counts]
+    logits = logits[:, : config.tokenizer_size].float()
+    columns = [*guess(logits, decoding, draws)]
+    if decoding.runner_up:
+        p = logits.softmax(dim=-1).scatter(1, columns[0][:, None], 0.0)
+        columns += [p.argmax(dim=-1), p.amax(dim=-1)]
+    # one transfer for all; float32 holds any id below 2**24
+    rows = torch.stack([column.float() for column in columns], dim=1).tolist()
+    finite = all(row[1] == row[1] for row in rows)
+    require(finite, "The model's output is not a number; in float16 it may overflow, then bfloat16 or float32 works.")
+    found = iter([(int(t), c, (int(other[0]), other[1]) if other else None) for t, c, *other in rows])
+    return [[next(found) for _ in range(count)] for count in counts]
 
 
 @dataclass
@@ -570,7 +637,8 @@ class Tokenizer:
         return self.encoder.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text are recognised."""
+        """Token ids; special tokens in the text are recognised. Raises InputError for text that is no Unicode."""
+        require(text.isascii() or text.encode(errors="ignore").decode() == text, f"No valid Unicode text: {text!a}.")
         return self.encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -605,27 +673,31 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     try:
         if "tokenizer.json" in files:
             encoder = Encoder.from_str(files["tokenizer.json"].decode())
+            encoder.no_truncation()
+            encoder.no_padding()
         else:
             encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
             encoder.normalizer = normalizers.NFC()
             split = pre_tokenizers.Split(Regex(WORDS), "isolated")
             encoder.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
             encoder.decoder = decoders.ByteLevel()
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{folder}: the tokenizer files cannot be read: {error}") from None
-    added = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
-    if not added and "added_tokens.json" in files:
-        names = read_json(folder / "added_tokens.json")
-        added = {i: {"content": name, "special": True} for name, i in names.items()}
-    for i, entry in sorted(added.items()):
-        flags = {flag: entry.get(flag, False) for flag in ("lstrip", "rstrip", "normalized", "single_word", "special")}
-        token = AddedToken(entry["content"], **flags)
-        encoder.add_special_tokens([token]) if flags["special"] else encoder.add_tokens([token])
-        got = encoder.token_to_id(entry["content"])
-        require(got == i, f"{folder}: added token {entry['content']!r} is listed as id {i} but becomes {got}.")
+        added = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
+        if not added and "added_tokens.json" in files:
+            names = read_json(folder / "added_tokens.json")
+            added = {i: {"content": name, "special": True} for name, i in names.items()}
+        for i, entry in sorted(added.items()):
+            flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+            token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
+            encoder.add_special_tokens([token]) if token.special else encoder.add_tokens([token])
+            got = encoder.token_to_id(token.content)
+            require(got == i, f"{folder}: added token {token.content!r} is listed as id {i} but becomes {got}.")
+    except InputError:
+        raise
+    except Exception as error:  # the library raises plain Exception, a malformed entry anything
+        raise InputError(f"{folder}: the tokenizer files cannot be read: {error!r}") from None
     # of a model's own chat template only the default system message differs from plain ChatML
     template = str(settings.get("chat_template") or files.get("chat_template.jinja", b"").decode())
-    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{<']+)<\|im_end\|>", template)
+    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{<]+)<\|im_end\|>", template)
     system = match[1] if match else None if template else "You are a helpful assistant."
     return Tokenizer(encoder, system, files)
 
@@ -636,6 +708,12 @@ SHAPE_KEYS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings"
 ).split()
+OTHER_KEYS = {
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (float, int)),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window"), (bool,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
+    **{"layer_types": (list,), "mask_token_id": (int,), "eos_token_id": (int, list)},
+}
 INDEX = "model.safetensors.index.json"  # tensor name -> file, where the weights are in several
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
@@ -663,6 +741,8 @@ def locate(path: str | os.PathLike) -> Path:
         small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES.split()]
         folder = snapshot_download(str(path), allow_patterns=small)  # tells which weight files there are
         return Path(snapshot_download(str(path), allow_patterns=[*small, *shards(Path(folder))]))
+    except InputError:
+        raise
     except Exception as error:  # no network, no such repository, no space
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -676,7 +756,8 @@ def shards(folder: Path) -> list[str]:
     if not (folder / INDEX).is_file():
         return ["model.safetensors"]
     index = read_json(folder / INDEX).get("weight_map")
-    require(isinstance(index, dict) and index, f"{folder / INDEX}: has no weight_map.")
+    ok = isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())
+    require(ok, f"{folder / INDEX}: has no weight_map from tensors to files.")
     return sorted(set(index.values()))
 
 
@@ -693,13 +774,19 @@ def pick_device(device: str) -> str:
     """The device, "auto" made definite. Raises InputError where it is not there."""
     there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     device = there[0] if device == "auto" else str(device)
-    require(device.partition(":")[0] in there, f"device {device!r} is not available here, only {', '.join(there)}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # an unknown name; a name that this build of torch does not serve
+        raise InputError(f"device {device!r} is not available here, only {', '.join(there)}.") from None
     return device
 
 
 def parse_config(raw: dict) -> Config:
     """From the contents of `config.json`. Raises InputError where it contradicts itself or asks for more."""
     raw = {"bd_size": 1} | {key: value for key, value in raw.items() if value is not None}
+    for key, kinds in OTHER_KEYS.items():
+        names = " or ".join(kind.__name__ for kind in kinds)
+        require(type(raw.get(key)) in (*kinds, type(None)), f"config.json: {key} is {raw.get(key)!r}, no {names}.")
     rope = raw.get("rope_parameters", {})  # newer Transformers keep rope_theta in here
     if type(raw.get("hidden_size")) is type(heads := raw.get("num_attention_heads")) is int and heads > 0:
         ok = "head_dim" in raw or raw["hidden_size"] % heads == 0
@@ -710,7 +797,8 @@ def parse_config(raw: dict) -> Config:
         require(ok, f"config.json: {key} is {raw.get(key)!r}, it must be a positive integer.")
     groups, vocab, mask = raw["num_key_value_heads"], raw["vocab_size"], raw.get("mask_token_id")
     kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
-    plain = not raw.get("rope_scaling") and rope.get("rope_type", "default") == "default"
+    scaling = raw.get("rope_scaling", {}) | rope
+    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
     sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", [])
     for ok, problem in [
         (kind in ("qwen2", "Fast_dLLM_Qwen"), f"model_type is {kind!r}, only qwen2 and Fast_dLLM_Qwen are built"),
@@ -791,15 +879,21 @@ def load(
                 shape, wanted = weights.get_slice(name).get_shape(), expected.get(name)
                 ok = wanted in (None, shape)
                 require(ok, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
+    repeated = model.config.tie_word_embeddings and files.pop("lm_head.weight", None)  # others write it again
     for names, problem in [(expected.keys() - files, "missing"), (files.keys() - expected, "not part of this model")]:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         require(not names, f"{folder}: tensor {min(names, default='')} is {problem}{more}.")
-    for name in expected:
+    for name in expected:  # the embedding is the first: "auto" takes its dtype
         with open_weights(folder / files[name], device) as weights:  # opened anew, so that its pages are let go
             tensor = weights.get_tensor(name)
+        dtype = dtype or tensor.dtype
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype), False))
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype), False))
     model.tie()
+    if repeated:
+        with open_weights(folder / repeated, device) as weights:
+            same = torch.equal(weights.get_tensor("lm_head.weight").to(dtype), model.lm_head.weight)
+        require(same, f"{repeated}: lm_head.weight is not the embedding, but config.json has tie_word_embeddings true.")
     return model.eval(), tokenizer
 
 
@@ -815,6 +909,7 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
     files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
     replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    (folder / INDEX).unlink(missing_ok=True)  # it would name the files of an older checkpoint
     for name, content in files.items():
         replace_file(folder / name, partial(Path.write_bytes, data=content))
 

@@ -36,6 +36,7 @@ from fastdllm import (
     pick_device,
     read_config,
     replace_file,
+    require,
     round_up,
     save,
 )
@@ -168,12 +169,18 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[list[int]
     """Token ids and which of them are trainable, of each line of a JSONL file. Raises InputError naming the line."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
                 if "question" in record:
                     roles = ("user", record["question"]), ("assistant", record["answer"])
                     record = {"messages": [{"role": role, "content": content} for role, content in roles]}
-                yield chat_document(record["messages"], tokenizer)
+                document = chat_document(record["messages"], tokenizer)
+                require(any(document[1]), f"{path}, line {number}: nothing of it is an assistant's, so nothing trains.")
+                yield document
+            except InputError:
+                raise
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}, line {number}: not a JSON object with messages ({error!r}).") from None
 
@@ -309,6 +316,8 @@ def train(
 
 # --- Command line ---
 
+POSITIVE = click.IntRange(1)
+
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("objective", type=click.Choice(["ar", "adapt"]))
@@ -316,17 +325,17 @@ def train(
 @click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the result and the saved state.")
 @click.option("--from-scratch", is_flag=True, help="Random weights; --model then needs config and tokenizer only.")
-@click.option("--steps", default=6000, show_default=True)
-@click.option("--batch-size", default=32, show_default=True, help="Documents a step.")
+@click.option("--steps", type=POSITIVE, default=6000, show_default=True)
+@click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Documents a step.")
 @click.option("--lr", default=2e-5, show_default=True, help="Peak learning rate of AdamW.")
 @click.option("--warmup", default=500, show_default=True, help="Steps of linear warm-up.")
 @click.option("--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True)
 @click.option("--weight-decay", default=0.01, show_default=True)
 @click.option("--clip", default=1.0, show_default=True, help="Largest gradient norm.")
 @click.option("--ar-weight", default=0.0, show_default=True, help="Weight of a causal loss beside the diffusion loss.")
-@click.option("--block-size", type=int, help="Diffusion block to adapt to  [default: the checkpoint's, or 32]")
+@click.option("--block-size", type=POSITIVE, help="Diffusion block to adapt to  [default: the checkpoint's, or 32]")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--save-every", default=200, show_default=True, help="Steps between saved states.")
+@click.option("--save-every", type=POSITIVE, default=200, show_default=True, help="Steps between saved states.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -335,7 +344,7 @@ def train(
     help="Of the result.",
 )
 @click.option("--device", default="auto", show_default=True)
-@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--threads", type=POSITIVE, help="CPU threads.")
 def main(objective, folder, data, out, from_scratch, block_size, dtype, device, threads, **options):
     if threads:
         torch.set_num_threads(threads)
@@ -348,11 +357,14 @@ def main(objective, folder, data, out, from_scratch, block_size, dtype, device, 
             (np.array(tokens, np.int64), np.array(trainable))
             for tokens, trainable in tqdm(read_documents(data, tokenizer), "reading", unit=" documents")
         ]
+        require(documents, f"{data}: holds no documents.")
         out.mkdir(parents=True, exist_ok=True)
         train(objective, model, documents, out, **options)
         save(model.to(DTYPES[dtype]), tokenizer, out)
-    except InputError as error:
-        raise click.UsageError(str(error)) from None
+    except (InputError, OSError) as error:
+        mistake = click.ClickException(str(error))
+        mistake.exit_code = 2
+        raise mistake from None
 
 
 if __name__ == "__main__":

@@ -63,8 +63,24 @@ def test_dtype_auto_is_the_files(folder):
     assert load(folder, "cpu")[0].lm_head.weight.dtype == torch.bfloat16
 
 
-def test_a_tied_head_is_the_embedding(golden_models):
+def test_dtype_auto_is_one_dtype_where_the_files_mix_them(folder):
+    edit_weights(folder, lambda weights: weights.update({NORM: weights[NORM].bfloat16()}))
+    assert {p.dtype for p in load(folder, "cpu")[0].parameters()} == {torch.float32}
+
+
+def test_a_tied_head_is_the_embedding_also_where_the_file_repeats_it(folders, golden_models, tmp_path):
     assert golden_models["tied"].lm_head.weight is golden_models["tied"].model.embed_tokens.weight
+    folder = shutil.copytree(folders["tied"], tmp_path / "copy")
+    edit_weights(
+        folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    )
+    model, _ = load(folder, "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_unscaled_rope_may_be_spelt_out(folder):
+    edit_config(folder, rope_scaling={"rope_type": "default"})
+    assert load(folder, "cpu")
 
 
 @pytest.mark.parametrize("name", ["untied", "tied"])
@@ -75,6 +91,14 @@ def test_save_writes_what_load_reads(golden_models, tmp_path, name):
     for key, p in golden_models[name].state_dict().items():
         assert torch.equal(p, again.state_dict()[key])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_save_replaces_a_checkpoint_of_several_files(golden_models, folder):
+    shard(folder)
+    model, _ = load(folder, "cpu")
+    model.get_parameter(NORM)[:] = 0
+    save(model, None, folder)
+    assert load(folder, "cpu")[0].get_parameter(NORM).abs().sum() == 0
 
 
 def test_save_uses_the_published_names_and_keys(golden_models, folders, tmp_path):
@@ -176,7 +200,10 @@ def test_damaged_and_missing_files_are_named(folder):
     ({"mask_token_id": 320}, "mask_token_id 320 is outside the vocabulary of 320"),
     ({"bd_size": 0}, "bd_size is 0"),
     ({"vocab_size": "many"}, "vocab_size is 'many'"),
-    ({"tie_word_embeddings": True}, "tensor lm_head.weight is not part of this model"),
+    ({"mask_token_id": "x"}, "mask_token_id is 'x', no int"),
+    ({"rope_theta": "1e6"}, "rope_theta is '1e6', no float or int"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', no bool"),
+    ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
     ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight is missing \(and 11 more\)"),
 ])  # fmt: skip
 def test_configs_that_contradict_themselves_or_ask_for_more_are_refused(folder, changes, message):
@@ -198,6 +225,7 @@ def test_unknown_places_devices_and_dtypes_are_refused(folder, tmp_path, monkeyp
         (tmp_path / "nowhere", "cpu", "auto", "no such folder"),
         ("nobody/nothing", "cpu", "auto", "hf download nobody/nothing"),
         (folder, "tpu", "auto", "device 'tpu' is not available"),
+        (folder, "cpu:x", "auto", "device 'cpu:x' is not available"),
         (folder, "cpu", "int3", "dtype 'int3' is not known"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -128,6 +128,10 @@ def test_mistakes_get_one_sentence(tmp_path, folders):
     assert "dtype 'int8' is not known" in mistake("hi", "--dtype", "int8")
     assert "exclude one another" in mistake("hi", "--prompt-ids", "1")
     assert "--output needs --input" in mistake("hi", "--output", "x")
+    assert "8 does not divide block_size 4" in mistake("hi", "--block-size", 4, "--sub-block-size", 8)
+    assert "--raw and --system are for text" in mistake("--prompt-ids", "1", "--raw")
+    assert "--system has no place" in mistake("hi", "--raw", "--system", "x")
+    assert "No valid Unicode" in mistake(stdin=b"caf\xe9")
     assert "No such file" in mistake("--input", tmp_path / "missing.jsonl")
     assert "temperature" in mistake("hi", "--temperature", -1)
 
@@ -138,12 +142,29 @@ def test_mistakes_get_one_sentence(tmp_path, folders):
     ('{"text": "x"}', "needs `prompt`"), ('{"prompt": ""}', "is empty"),
     ('{"messages": [{"role": "user"}]}', "needs `prompt`"), ('{"prompt_ids": [-1]}', "outside the vocabulary"),
     ('{"prompt_ids": "1"}', "list of integers"),
+    ('{"prompt_ids": ["a"]}', "token ids"),
+    ('{"prompt": "\\ud800 x"}', "not valid JSON"),
 ])  # fmt: skip
 def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n' + line + "\n")
     said = mistake("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert "in.jsonl, line 2: " in said and message in said
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "system", "content": "a"}]}\n')
+    assert "show one answer" in mistake("--input", tmp_path / "in.jsonl", "--json")
+    assert "system message already" in mistake("--input", tmp_path / "in.jsonl", "--system", "b")
+    assert "not for messages" in mistake("--input", tmp_path / "in.jsonl", "--raw")
+
+
+def test_latin_1_bytes_in_a_file_and_a_closed_standard_input(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
+    assert "line 1: not valid JSON" in mistake("--input", tmp_path / "in.jsonl")
+    command = f"{sys.executable} {ROOT / 'cli.py'} generate --device cpu <&-"
+    closed = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert closed.returncode == 0 and final_answer(closed.stdout) == "11"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")

@@ -1,6 +1,7 @@
 """Guess, accept, decode, generate: the golden vectors and the properties that users rely on."""
 
 import collections
+import itertools
 import random
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT, golden
 
 import fastdllm
-from fastdllm import CAUSAL, Decoding, InputError, KVCache, accept, decode, generate, guess, nucleus
+from fastdllm import CAUSAL, Decoding, InputError, KVCache, Memory, accept, decode, generate, guess, nucleus
 
 CASES = golden("generate")["cases"]
 TRACES = {trace["id"]: trace["steps"] for trace in golden("traces")["traces"]}
@@ -47,9 +48,14 @@ def test_draws_follow_the_nucleus_and_confidence_is_the_drawn_probability():
 
 
 def test_extreme_draws_take_a_token_that_was_kept():
+    most = 1 - 2**-24
     logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 5.0, 1.0]])
-    tokens, confidence = guess(logits, Decoding(temperature=1.0, top_p=0.5), torch.tensor([0.0, 1 - 2**-24]))
+    tokens, confidence = guess(logits, Decoding(temperature=1.0, top_p=0.5), torch.tensor([0.0, most]))
     assert tokens.tolist() == [1, 1] and confidence.tolist() == [1.0, 1.0]
+    logits = torch.randn(500, 3000, generator=torch.Generator().manual_seed(0))
+    logits[:, 2000:] = -torch.inf  # sums of 2000 probabilities may end below the largest draw
+    tokens, confidence = guess(logits, Decoding(temperature=1.0), torch.full((500,), most))
+    assert tokens.max() < 2000 and confidence.min() > 0
 
 
 def test_confidence_at_the_threshold_is_not_revealed_and_ties_reveal_the_first():
@@ -64,15 +70,15 @@ def test_threshold_is_compared_in_float32(golden_models):
     confidence = torch.tensor(0.3).item()
     steps = fastdllm.sequence([1] * 4, Decoding(8, 8, 0.3, max_new_tokens=9, stop_token_ids=()), 285)
     first = next(steps)
-    steps.send([(7, confidence)] * 4)
-    assert [position for position, _, _ in first.revealed] == [4]  # equal is not above: only the first of the ties
+    steps.send([(7, confidence, None)] * 4)
+    assert [kept.position for kept in first.revealed] == [4]  # equal is not above: only the first of the ties
 
 
 def test_confidence_is_float32_whatever_the_weights(golden_models, folders):
     model, _ = fastdllm.load(folders["untied"], "cpu", "bfloat16")
     [step] = [s for s in decode(model, [[5, 6, 7]], Decoding(8, threshold=0.0, max_new_tokens=3)) if s.revealed][:1]
-    as_bfloat16 = [torch.tensor(c).bfloat16().item() for _, _, c in step.revealed]
-    assert any(c != b for (_, _, c), b in zip(step.revealed, as_bfloat16))
+    as_bfloat16 = [torch.tensor(kept.confidence).bfloat16().item() for kept in step.revealed]
+    assert any(kept.confidence != b for kept, b in zip(step.revealed, as_bfloat16))
 
 
 # --- Golden vectors ---
@@ -114,6 +120,8 @@ def test_batch_rows_equal_golden_tokens(golden_models, case):
         if expected is None:  # no vector: the original errs there; the single run decides
             expected = generate(model, [row["prompt"]], options(case, max_new_tokens=longest))[0].tokens
         assert result.tokens[: len(expected)] == expected
+        if expected[-1] in case["stop_token_ids"]:
+            assert result.tokens == expected
 
 
 # --- Properties of one row ---
@@ -148,8 +156,9 @@ def test_a_stop_cuts_after_its_first_occurrence(golden_models, cache):
     model, prompt = golden_models["untied"], prompt_of(random.Random(3), 21)
     knobs = Decoding(16, 8, 0.5, cache, 48, stop_token_ids=())
     [free] = generate(model, [prompt], knobs)
+    assert generate(model, [prompt], replace(knobs, stop_token_ids=set(prompt) - set(free.tokens))) == [free]
     for stop in set(free.tokens):
-        [result] = generate(model, [prompt + [stop] * 0], replace(knobs, stop_token_ids=(stop, 301)))
+        [result] = generate(model, [prompt], replace(knobs, stop_token_ids=(stop, 301)))
         assert result.tokens == free.tokens[: free.tokens.index(stop) + 1]
         assert result.finish_reason == "stop"
         assert sum(result.passes.values()) <= sum(free.passes.values())
@@ -176,13 +185,15 @@ def test_mask_and_padding_ids_are_never_guessed(folders):
     model.lm_head.weight[:] = 0  # all ids are equally likely: the first allowed one is the argmax
     model.config = replace(model.config, mask_token_id=0, tokenizer_size=2)
     for knobs in [Decoding(8), Decoding(1), Decoding(8, temperature=1.0, seed=0)]:
-        [result] = generate(model, [[1, 1, 1]], replace(knobs, max_new_tokens=20, stop_token_ids=()))
-        assert result.tokens == [1] * 20
+        steps = decode(model, [[1, 1, 1]], replace(knobs, max_new_tokens=20, stop_token_ids=()))
+        steps = list(itertools.islice(steps, 100))  # a mask that is guessed is guessed for ever
+        assert [token for step in steps for token in step.final] == [1] * 20
 
 
 @pytest.mark.parametrize("prompt, message", [
     ([], "empty"), ([320], "320, outside the vocabulary of 320"), ([-1], "-1, outside"), ([5, 310], "mask token"),
     ([1] * 1000, "1512 positions, the model has 1024"),
+    (["a"], "list of lists"), (5, "list of lists"), ([1.5], "list of lists"),
 ])  # fmt: skip
 def test_bad_prompts_are_refused_before_anything_runs(golden_models, prompt, message):
     with pytest.raises(InputError, match=message):
@@ -191,7 +202,9 @@ def test_bad_prompts_are_refused_before_anything_runs(golden_models, prompt, mes
 
 @pytest.mark.parametrize("knobs", [
     {"threshold": 1.1}, {"threshold": -0.1}, {"threshold": float("nan")}, {"cache": "triple"}, {"top_p": 2.0},
-    {"max_new_tokens": 0}, {"temperature": -1.0}, {"block_size": 0}, {"sub_block_size": 0}, {"batch_size": 0},
+    {"max_new_tokens": None}, {"block_size": 8.0}, {"threshold": None}, {"stop_token_ids": ("a",)}, {"seed": 2**70},
+    {"temperature": 1e-50}, {"max_new_tokens": 0},
+    {"temperature": -1.0}, {"block_size": 0}, {"sub_block_size": 0}, {"batch_size": 0},
 ])  # fmt: skip
 def test_bad_options_are_refused(knobs):
     with pytest.raises(InputError, match=next(iter(knobs))):
@@ -249,8 +262,69 @@ def test_sampling_draws_the_first_token_of_a_block_too(golden_models):
     assert len(firsts) > 1
 
 
+@pytest.mark.parametrize("cache", ["block", "dual"])
+def test_rows_of_different_lengths_share_forward_passes(golden_models, monkeypatch, cache):
+    model, calls = golden_models["tied"], []
+    window = model.window
+    monkeypatch.setattr(model, "window", lambda tokens, *rest: calls.append(len(tokens)) or window(tokens, *rest))
+    knobs = Decoding(8, 4, 0.9, cache, 40, stop_token_ids=())
+    generate(model, [prompt_of(random.Random(7), 12 + 8 * row) for row in range(8)], knobs)
+    assert sum(calls) / len(calls) > 4  # rows a pass
+
+
+def test_weights_that_give_no_numbers_are_reported(folders):
+    model, _ = fastdllm.load(folders["untied"], "cpu")
+    model.model.norm.weight[:] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InputError, match="not a number"):
+            generate(model, [[1, 2]], Decoding(temperature=temperature))
+
+
 def test_no_prompts_give_no_results(golden_models):
     assert generate(golden_models["untied"], [], Decoding()) == []
+
+
+# --- Memory ---
+
+
+@pytest.mark.parametrize("cache", ["block", "dual"])
+def test_a_memory_gives_the_same_tokens_and_runs_only_what_is_new(golden_models, cache):
+    rng, model, memory = random.Random(6), golden_models["untied"], Memory()
+    knobs = Decoding(8, 4, 0.6, cache, 21, stop_token_ids=())
+    prompt, committed = [], 0
+    for turn in range(5):
+        prompt = prompt + prompt_of(rng, rng.randrange(1, 30))
+        if turn == 3:
+            prompt[20] = (prompt[20] + 1) % 280  # the past was changed: only what lies before can be kept
+            committed = 16
+        steps = list(decode(model, [prompt], knobs, memory))
+        [fresh] = generate(model, [prompt], knobs)
+        assert [token for step in steps for token in step.final] == fresh.tokens
+        whole = len(prompt) // 8 * 8
+        first = min(committed, whole - 8 * (whole == len(prompt)))
+        prefilled = [(step.start, len(step.tokens)) for step in steps if step.kind == "prefill"]
+        assert prefilled == ([(first, whole - first)] if first < whole else [])
+        prompt = prompt + fresh.tokens
+        committed = max(whole, (len(prompt) - 1) // 8 * 8 if len(prompt) % 8 else len(prompt) - 8)
+
+
+def test_a_memory_forgets_when_the_block_size_changes_and_serves_one_prompt(golden_models):
+    model, memory, prompt = golden_models["untied"], Memory(), list(range(40))
+    for size in (8, 4, 16, 1):
+        knobs = Decoding(size, max_new_tokens=9, stop_token_ids=())
+        tokens = [token for step in decode(model, [prompt], knobs, memory) for token in step.final]
+        assert tokens == generate(model, [prompt], knobs)[0].tokens
+    with pytest.raises(InputError, match="one prompt"):
+        decode(model, [prompt, prompt], Decoding(), memory)
+
+
+def test_the_runner_up_is_the_most_probable_other_token(golden_models):
+    model, knobs = golden_models["tied"], Decoding(8, threshold=0.5, max_new_tokens=12, runner_up=True)
+    for step in decode(model, [[1, 2, 3]], knobs):
+        for kept in step.revealed:
+            other, probability = kept.runner_up
+            assert other != kept.token and 0 <= probability <= kept.confidence
+            assert probability + kept.confidence <= 1.0001
 
 
 # --- The file alone ---

@@ -36,6 +36,10 @@ def options_of(command: str) -> set[str]:
     return {flag for option in known.params for flag in option.opts}
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README + (ROOT / "tiny" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_of_every_command_exists(command):
     assert set(re.findall(r"--[\w-]+", command)) <= options_of(command)

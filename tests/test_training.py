@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, golden
 
+import train
 from fastdllm import CAUSAL, InputError, KVCache, Qwen2, attention, load
 from train import (
     batches,
@@ -122,13 +123,20 @@ def test_loss_function_equals_golden():
     assert wanted.sum().item() == GOLDEN["loss_function"]["terms"]
 
 
-def test_every_trainable_token_is_a_target_exactly_once(trainable_models, rng):
-    model = trainable_models["tied"]
+def test_every_trainable_token_is_a_target_exactly_once(trainable_models, rng, monkeypatch):
+    model, seen = trainable_models["tied"], []
+    monkeypatch.setattr(train, "cross_entropy", lambda model, hidden, targets: seen.append(targets))
+    tokens, trainable = torch.arange(48).view(2, 24), example(rng)[1]
+    training_loss(model, tokens, trainable, masked=complementary_noise(trainable, 8, rng))
+    assert seen[0].sort().values.tolist() == tokens[trainable].tolist()
+    everything = torch.ones_like(trainable)
+    training_loss(model, tokens, everything, masked=complementary_noise(everything, 8, rng))
+    assert seen[1].sort().values.tolist() == tokens[:, 1:].flatten().tolist()  # position 0 is nobody's next token
+
+
+def test_no_targets_give_a_loss_of_0(trainable_models, rng):
     tokens, trainable = example(rng)
-    model.zero_grad()
-    loss = training_loss(model, tokens, trainable, masked=complementary_noise(trainable, 8, rng))
-    one_view = [training_loss(model, tokens, trainable & m, masked=trainable & m) for m in (trainable, ~trainable)]
-    assert torch.isfinite(loss) and one_view[1] == 0  # no targets at all is no division by zero
+    assert training_loss(trainable_models["tied"], tokens, trainable & False) == 0
 
 
 def test_one_clean_copy_for_two_views_equals_two_passes_of_view_and_clean(trainable_models, rng):
@@ -211,6 +219,9 @@ def test_a_broken_line_is_named(tmp_path, shipped):
         (tmp_path / "data.jsonl").write_text('{"question": "?", "answer": "!"}\n' + line + "\n")
         with pytest.raises(InputError, match="line 2"):
             list(read_documents(tmp_path / "data.jsonl", shipped[1]))
+    (tmp_path / "data.jsonl").write_text('\n{"messages": [{"role": "user", "content": "?"}]}\n')
+    with pytest.raises(InputError, match="line 2: nothing of it"):
+        list(read_documents(tmp_path / "data.jsonl", shipped[1]))
 
 
 def test_batches_have_one_length_and_use_every_document_once_an_epoch():
