@@ -12,8 +12,8 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, fields, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,11 @@ from tokenizers import decoders
 from tqdm import tqdm
 
 from fastdllm import (
+    DTYPES,
     Config,
     Decoding,
     InputError,
+    Memory,
     Pass,
     Qwen2,
     Result,
@@ -34,9 +36,17 @@ from fastdllm import (
     check_prompt,
     decode,
     load,
+    load_tokenizer,
+    locate,
+    read_config,
+    read_json,
     replace_file,
     require,
 )
+from fastdllm import generate as generate_all
+
+with suppress(ImportError):  # a history and editing keys for `input`, where the system has them
+    import readline  # noqa: F401
 
 TEMPLATE = Path(__file__).parent / "viewer" / "trace.html"
 SHIPPED = Path(__file__).parent / "tiny" / "checkpoint"
@@ -170,19 +180,24 @@ def encode_prompt(record: dict, tokenizer: Tokenizer | None, system: str | None 
 
 def read_jsonl(path: str) -> dict[str, dict]:
     """The objects of a JSONL file ("-": standard input), by where they stand. Raises InputError for a broken line."""
-    records = {}
     with click.open_file(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                records[place] = json.loads(line)
-                json.dumps(records[place], ensure_ascii=False).encode()
-            except ValueError as error:  # no JSON, no UTF-8, half a surrogate pair
-                raise InputError(f"{place}: not valid JSON ({error}).") from None
-            require(isinstance(records[place], dict), f"{place}: not a JSON object.")
+        records = parse_jsonl(file.read(), path)
     require(records, f"{path}: holds no records.")
+    return records
+
+
+def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
+    records = {}
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            records[place] = json.loads(line)
+            json.dumps(records[place], ensure_ascii=False).encode()
+        except ValueError as error:  # no JSON, no UTF-8, half a surrogate pair
+            raise InputError(f"{place}: not valid JSON ({error}).") from None
+        require(isinstance(records[place], dict), f"{place}: not a JSON object.")
     return records
 
 
@@ -379,17 +394,123 @@ def answer_file(model, tokenizer, records: list[dict], prompts: list[list[int]],
     click.echo(f"{len(prompts)} answers, " + summary_line(tokens, found), err=True)
 
 
+# --- Judging ---
+
+PAPER_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # for GSM8K and MATH
+
+
+def final_answer(text: str) -> str | None:
+    """The answer that a text ends in: the last \\boxed{}, else what follows the last ####, else the last number."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        inside, depth = start + len("\\boxed{"), 1
+        for end in range(inside, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return normalised(text[inside:end])
+    if "####" in text and (last := text.rpartition("####")[2].strip()):
+        return normalised(last.splitlines()[0])
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return normalised(numbers[-1]) if numbers else None
+
+
+def normalised(answer: str) -> str:
+    """One spelling for equal answers: without currency, commas, units, and zeros that say nothing."""
+    answer = re.sub(r"\\text\{([^{}]*)\}|\\[,!; ]|\\?[$%]|\s+", lambda m: m[1] or " " * m[0].isspace(), answer)
+    answer = answer.strip().rstrip(".")
+    number = re.fullmatch(r"(-?[\d,]*\.?\d+)\.?(?: [a-zA-Z ]+)?", answer)
+    if not number:
+        return answer
+    value = float(number[1].replace(",", ""))
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def read_problems(path: str | None, count: int | None, instruction: str) -> list[dict]:
+    """Problems as {"messages", "expected"}: of a JSONL file, or the shipped held-out set."""
+    if path is None:
+        from tiny.problems import problems  # lies beside this file
+
+        records = dict(enumerate(itertools.islice(problems("heldout", 0), count or 1000)))
+    else:
+        records = dict(itertools.islice(read_jsonl(path).items(), count))
+    found = []
+    for place, record in records.items():
+        messages, answer = record.get("messages"), record.get("answer")
+        if isinstance(record.get("question"), str):
+            messages = [{"role": "user", "content": record["question"] + instruction}]
+        expected = final_answer(answer) if isinstance(answer, str) else None
+        good = isinstance(messages, list) and messages and expected is not None
+        require(good, f"{place}: needs `question` or `messages`, and an `answer` with a number, #### or \\boxed{{}}.")
+        found.append({"messages": messages, "expected": expected})
+    return found
+
+
+def encode_problems(problems: list[dict], tokenizer: Tokenizer | None, decoding: Decoding, config) -> list[list[int]]:
+    prompts = []
+    for number, problem in enumerate(problems, 1):
+        try:
+            prompts.append(check_prompt(encode_prompt(problem, tokenizer), decoding, config))
+        except InputError as error:
+            raise InputError(f"problem {number}: {error}") from None
+    return prompts
+
+
+def verdict(problem: dict, result: Result, tokenizer: Tokenizer) -> dict:
+    """One line of an evaluation; the same whenever and wherever it is written."""
+    text = tokenizer.decode(result.tokens)
+    answer = final_answer(text)
+    judged = {"answer": answer, "correct": answer == problem["expected"], "text": text}
+    counts = {"new_tokens": len(result.tokens), "forward_passes": result.forward_passes}
+    return problem | judged | counts | {"finish_reason": result.finish_reason}
+
+
+def scores(verdicts: list[dict]) -> dict:
+    """Accuracy with its standard error, and the rates, of a problem set."""
+    n = len(verdicts)
+    share = lambda key, value: sum(v[key] == value for v in verdicts) / n
+    accuracy, tokens = share("correct", True), sum(v["new_tokens"] for v in verdicts)
+    return {
+        "accuracy": accuracy,
+        "standard_error": (accuracy * (1 - accuracy) / n) ** 0.5,
+        "problems": n,
+        "tokens_per_forward": tokens / max(1, sum(v["forward_passes"] for v in verdicts)),
+        "stopped_by_length": share("finish_reason", "length"),
+    }
+
+
+def score_line(found: dict) -> str:
+    speed = found["tokens_per_second"]
+    return (
+        f"{100 * found['accuracy']:.1f}% (standard error {100 * found['standard_error']:.1f}) of {found['problems']} "
+        f"problems, {found['tokens_per_forward']:.2f} tokens per forward"
+        + (f", {speed:.1f} tokens/s" if speed else "")
+        + f", {100 * found['stopped_by_length']:.1f}% stopped by length"
+    )
+
+
+def done_before(path: Path, problems: list[dict], options: dict) -> list[dict]:
+    """Verdicts that an earlier, broken-off run has written. Raises InputError where that run was another one."""
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]  # the last line may be half a line
+    lines = list(parse_jsonl(whole, path).values()) if whole else []
+    same = lines and lines[0] == {"options": options} and len(lines) <= len(problems) + 1
+    same = same and all(v.items() >= p.items() for v, p in zip(lines[1:], problems))
+    require(same or not whole, f"{path}: holds answers of another run; remove it or name another file.")
+    return lines[1:]
+
+
 # --- Views ---
 
 RAMP = (33, 39, 44, 43, 42, 41, 77, 113, 149, 185, 221, 215, 209, 203, 204, 205, 206, 170, 134, 98)  # terminal colours
 BLANK = "\u2591\u2591"  # a mask, as wide as a short word
 
 
-def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> list[str | None]:
+def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None], special: bool = True) -> list[str | None]:
     """Text of each token; None for a mask. A character of several tokens is the last one's."""
     texts, stream = [], None
     for i in ids:
-        stream = stream or decoders.DecodeStream(skip_special_tokens=False)
+        stream = stream or decoders.DecodeStream(skip_special_tokens=not special)
         texts.append(None if i is None else stream.step(tokenizer.encoder, i) or "")
         stream = None if i is None else stream
     return texts
@@ -427,7 +548,7 @@ def watch(tokenizer: Tokenizer, steps: Iterable[Pass], begin: int, mask: int, sh
     Lines that cannot change any more are left behind, so that an answer may be longer than the window is high.
     """
     plain = "NO_COLOR" in os.environ
-    tokens, revealed_by, printed, height = [], {}, 0, 0
+    tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
     for number, step in enumerate(steps):
         if step.kind != "prefill" and step.start + len(step.tokens) > begin:
             block = {step.start + i: token for i, token in enumerate(step.tokens)}
@@ -436,9 +557,10 @@ def watch(tokenizer: Tokenizer, steps: Iterable[Pass], begin: int, mask: int, sh
             tokens += [mask] * (kept.position + 1 - begin - len(tokens))
             tokens[kept.position - begin] = kept.token
             revealed_by[kept.position - begin] = number
+        final += len(step.final)
         if step.finish_reason:
-            tokens = tokens[: next(i for i, t in enumerate(tokens + [mask]) if t == mask)]
-        texts = token_texts(tokenizer, [None if t == mask else t for t in tokens])
+            tokens = tokens[:final]  # what was guessed behind the end goes again
+        texts = token_texts(tokenizer, [None if t == mask else t for t in tokens], special=False)
         cells = [(BLANK if text is None else text, revealed_by.get(i)) for i, text in enumerate(texts)]
         lines = wrapped(cells, shutil.get_terminal_size().columns - 1)
         drawn = []
@@ -482,6 +604,249 @@ def trace_page(tokenizer: Tokenizer | None, prompt, steps: list[Pass], result: R
     }
     escaped = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return TEMPLATE.read_text(encoding="utf-8").replace('"@@TRACE@@"', escaped)
+
+
+@cli.command("eval")
+@click.argument("problems", required=False)
+@model_options
+@decoding_options
+@click.option("--count", type=click.IntRange(1), help="Only the first problems  [default: all, or 1000 shipped]")
+@click.option("--instruction", default="", help="Text after each question.")
+@click.option("--paper-prompt", is_flag=True, help=f"The paper's instruction for GSM8K: {PAPER_PROMPT}")
+@click.option("--output", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write each answer to JSONL.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@reports_mistakes
+def evaluate(problems, model, device, dtype, count, instruction, paper_prompt, target, as_json, **knobs):
+    """Accuracy on PROBLEMS, JSONL with `question` (or `messages`) and `answer`; default: the shipped held-out set.
+
+    The answer is the last \\boxed{}, else what follows the last ####, else the last number. With --output, a run that
+    was broken off goes on where it stopped.
+    """
+    decoding = Decoding(**knobs)
+    require(not (paper_prompt and instruction), "--paper-prompt and --instruction exclude one another; give one.")
+    problems = read_problems(problems, count, "\n" + PAPER_PROMPT if paper_prompt else instruction)
+    network, tokenizer = load(model, device, dtype)
+    decoding = decoding.resolve(network.config)
+    prompts = encode_problems(problems, tokenizer, decoding, network.config)
+    options = {"model": model} | {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
+    options = json.loads(json.dumps(options))
+    verdicts = done_before(target, problems, options) if target else []
+    warn_of_block_size(network.config, decoding)
+
+    began, start, tokens = time.perf_counter(), len(verdicts), 0
+    with open(target, "w", encoding="utf-8") if target else nullcontext() as file:
+        line = lambda record: file and (file.write(json.dumps(record, ensure_ascii=False) + "\n"), file.flush())
+        for record in [{"options": options}, *verdicts]:
+            line(record)
+        for problem, result in zip(problems[start:], in_order(network, prompts[start:], decoding, start)):
+            verdicts.append(verdict(problem, result, tokenizer))
+            tokens += len(result.tokens)
+            line(verdicts[-1])
+    speed = tokens / (time.perf_counter() - began) if tokens else None  # of what this run wrote
+    found = scores(verdicts) | {"tokens_per_second": speed}
+    click.echo(json.dumps(found | asdict(decoding) | environment()) if as_json else score_line(found))
+
+
+def numbers(kind):
+    """An option's comma-separated list of numbers."""
+
+    def parse(context, parameter, text):
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise OneSentence(f"--{parameter.name.replace('_', '-')} is {text!r}; give numbers with commas.") from None
+
+    return parse
+
+
+@cli.command()
+@click.argument("problems", required=False)
+@model_options
+@click.option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", show_default=True, callback=numbers(float))
+@click.option("--block-sizes", help="[default: the checkpoint's]", callback=lambda c, p, t: t and numbers(int)(c, p, t))
+@click.option("--sub-block-sizes", default="8,32", show_default=True, callback=numbers(int))
+@click.option("--caches", default="block", show_default=True, callback=lambda c, p, text: text.split(","))
+@click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Problems.")
+@click.option("--instruction", default="", help="Text after each question.")
+@click.option("--batch-size", default=1, show_default=True, help="Prompts decoded at the same time.")
+@click.option("--max-new-tokens", default=Decoding.max_new_tokens, show_default=True)
+@click.option("--max-drop", default=1.0, show_default=True, help="Points of accuracy below AR that are acceptable.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@reports_mistakes
+def sweep(
+    problems, model, device, dtype, thresholds, block_sizes, sub_block_sizes, caches, count, instruction, max_drop,
+    as_json, **knobs,
+):  # fmt: skip
+    """Accuracy and speed of thresholds x block sizes x sub-block sizes x caches, beside AR of the same weights.
+
+    Rows marked * are the best choices: no other is both faster and better.
+    """
+    problems = read_problems(problems, count, instruction)
+    network, tokenizer = load(model, device, dtype)
+    choices = [Decoding(block_size=1, **knobs).resolve(network.config)]
+    for size, sub, cache in itertools.product(block_sizes or [network.config.block_size], sub_block_sizes, caches):
+        if size > 1 and size % sub == 0:
+            choices += [Decoding(size, sub, t, cache, **knobs).resolve(network.config) for t in thresholds]
+    require(len(choices) > 1, "No sub-block size divides a block size above 1; choose others.")
+    prompts = encode_problems(problems, tokenizer, choices[0], network.config)
+    rows = []
+    for decoding in tqdm(choices, unit="row"):
+        rows.append(measured(network, tokenizer, problems, prompts, decoding))
+    merit = lambda row: (row["accuracy"], row["tokens_per_second"])
+    for row in rows:
+        row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        rivals = [merit(other) for other in rows if merit(other) != merit(row)]
+        row["best"] = not any(a >= row["accuracy"] and s >= row["tokens_per_second"] for a, s in rivals)
+    allowed = [row for row in rows if row["accuracy"] >= rows[0]["accuracy"] - max_drop / 100]
+    chosen = max(allowed, key=lambda row: row["tokens_per_second"])
+    if as_json:
+        click.echo(json.dumps({"rows": rows, "recommended": chosen, "max_drop": max_drop} | environment()))
+        return
+    columns = "threshold block sub-block cache accuracy s.e. tokens/forward tokens/s speed-up".split()
+    click.echo(" ".join(f"{name:>14}" for name in columns))
+    for row in rows:
+        name = "AR" if row["block_size"] == 1 else f"{row['threshold']:g}"
+        cells = [name, row["block_size"], row["sub_block_size"], row["cache"], f"{100 * row['accuracy']:.1f}"]
+        cells += [f"{100 * row['standard_error']:.1f}", f"{row['tokens_per_forward']:.2f}"]
+        cells += [f"{row['tokens_per_second']:.1f}", f"{row['speed_up']:.2f}"]
+        click.echo(" ".join(f"{cell:>14}" for cell in cells) + " *" * row["best"])
+    how = "AR, --block-size 1" if chosen["block_size"] == 1 else "--threshold {threshold:g} --block-size {block_size} "
+    how = (how + "--sub-block-size {sub_block_size} --cache {cache}" * (chosen["block_size"] > 1)).format(**chosen)
+    click.echo(f"Within {max_drop:g} points of AR, the fastest is {how}: {chosen['speed_up']:.2f} times AR.")
+
+
+def measured(model, tokenizer, problems: list[dict], prompts: list[list[int]], decoding: Decoding) -> dict:
+    """Scores, speed and options of one way of decoding a problem set, after a warm-up."""
+    generate_all(model, prompts[: decoding.batch_size], decoding)
+    began = time.perf_counter()
+    results = generate_all(model, prompts, decoding)
+    seconds = time.perf_counter() - began
+    found = scores([verdict(problem, result, tokenizer) for problem, result in zip(problems, results)])
+    return found | {"tokens_per_second": rates(results, seconds)["tokens_per_second"]} | asdict(decoding)
+
+
+@cli.command()
+@click.option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped checkpoint]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@reports_mistakes
+def info(model, as_json):
+    """What a checkpoint is, without loading its weights."""
+    folder = locate(model, weights=False)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    config = read_config(folder, tokenizer)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Qwen2(config).parameters())
+    raw = read_json(folder / "config.json")
+    dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "float32")
+    size = DTYPES[dtype].itemsize if DTYPES.get(dtype) else 4
+    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    name = lambda i: f"{i}" + (f" {tokenizer.decode([i], skip_special_tokens=False)}" if tokenizer else "")
+    found = {name: value for name, value in asdict(config).items() if "token" not in name or name == "tokenizer_size"}
+    found |= {"parameters": parameters, "dtype": dtype}
+    found |= {"kind": "autoregressive" if config.block_size == 1 else "block diffusion"}
+    found |= {"mask_token": None if config.mask_token_id is None else name(config.mask_token_id)}
+    found |= {"stop_tokens": [name(i) for i in config.stop_token_ids]}
+    found |= {"weights_mib": parameters * size / 2**20, "cache_mib_per_1024_tokens": per_position / 2**10}
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for key, value in found.items():
+        value = ", ".join(value) if isinstance(value, list) else value
+        value = f"{value:,.1f}" if isinstance(value, float) and value > 1 else value
+        click.echo(f"{key.replace('_', ' '):>26}  {value}")
+
+
+@cli.command()
+@model_options
+@decoding_options
+@click.option("--system", help="System message.")
+@reports_mistakes
+def chat(model, device, dtype, system, **knobs):
+    """Talk with a model: /clear, /system TEXT, /stats, /save FILE, /exit.
+
+    Finished blocks stay in the cache from turn to turn, so a turn pays only for what is new. Ctrl-C stops an answer.
+    """
+    decoding = Decoding(**knobs)
+    network, tokenizer = load(model, device, dtype)
+    require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
+    decoding = decoding.resolve(network.config)
+    warn_of_block_size(network.config, decoding)
+    Chat(network, tokenizer, decoding, system).run()
+
+
+class Chat:
+    """A conversation, its memory, and what it has cost."""
+
+    def __init__(self, model: Qwen2, tokenizer: Tokenizer, decoding: Decoding, system: str | None):
+        self.model, self.tokenizer, self.decoding, self.system = model, tokenizer, decoding, system
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages, self.memory, self.results, self.seconds = [], Memory(), [], 0.0
+
+    def run(self) -> None:
+        """Read lines until /exit or the end of the input."""
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:  # of the line, not of the program
+                click.echo()
+                continue
+            name, _, rest = line.partition(" ")
+            if name == "/exit":
+                return
+            if name in ("/clear", "/system", "/stats", "/save"):
+                self.command(name, rest.strip())
+            elif line.startswith("/"):
+                click.echo("Commands: /clear, /system TEXT, /stats, /save FILE, /exit.", err=True)
+            elif line:
+                try:
+                    self.answer(line)
+                except InputError as error:
+                    click.echo(f"Error: {error}", err=True)
+
+    def command(self, name: str, rest: str) -> None:
+        if name == "/clear":
+            self.clear()
+        elif name == "/system":
+            self.system = rest or None
+        elif name == "/stats":
+            tokens = sum(len(result.tokens) for result in self.results)
+            line = summary_line(tokens, rates(self.results, self.seconds or 1e-9))
+            room = self.model.config.max_position_embeddings
+            click.echo(f"{line}; {len(self.memory.tokens)} of {room} positions are in the cache", err=True)
+        elif not rest:
+            click.echo("Error: /save needs a file's name.", err=True)
+        else:
+            content = json.dumps({"messages": self.conversation()}, ensure_ascii=False) + "\n"
+            try:
+                replace_file(Path(rest), partial(Path.write_text, data=content, encoding="utf-8"))
+            except OSError as error:
+                click.echo(f"Error: {rest}: {error.strerror}.", err=True)
+
+    def conversation(self) -> list[dict]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
+
+    def answer(self, question: str) -> None:
+        """One turn; its messages are kept where it could begin. Raises InputError where there is no room for it."""
+        turn = {"role": "user", "content": question}
+        prompt = self.tokenizer.chat([*self.conversation(), turn])
+        room = self.model.config.max_position_embeddings - len(prompt)
+        require(room > 0, f"The conversation has outgrown the model's {room + len(prompt)} positions; /clear it.")
+        decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
+        began = time.perf_counter()
+        show = partial(click.echo, nl=False)
+        result = stream_answer(self.model, self.tokenizer, prompt, decoding, show, self.memory)
+        self.seconds += time.perf_counter() - began
+        click.echo()
+        self.results.append(result)
+        self.messages += [turn, {"role": "assistant", "content": self.tokenizer.decode(result.tokens)}]
+        if result.finish_reason != "stop":
+            why = "at the last position: /clear the conversation" if decoding.max_new_tokens == room else "early"
+            click.echo(f"(the answer ends {why})" if result.finish_reason else "(interrupted)", err=True)
 
 
 if __name__ == "__main__":

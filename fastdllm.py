@@ -729,7 +729,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def locate(path: str | os.PathLike) -> Path:
+def locate(path: str | os.PathLike, weights: bool = True) -> Path:
     """The checkpoint's folder: `path`, or where huggingface_hub keeps what it downloads for a Hub id `owner/name`."""
     if Path(path).is_dir():
         return Path(path)
@@ -739,8 +739,8 @@ def locate(path: str | os.PathLike) -> Path:
 
     try:
         small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES.split()]
-        folder = snapshot_download(str(path), allow_patterns=small)  # tells which weight files there are
-        return Path(snapshot_download(str(path), allow_patterns=[*small, *shards(Path(folder))]))
+        folder = Path(snapshot_download(str(path), allow_patterns=small))  # tells which weight files there are
+        return Path(snapshot_download(str(path), allow_patterns=[*small, *shards(folder)])) if weights else folder
     except InputError:
         raise
     except Exception as error:  # no network, no such repository, no space

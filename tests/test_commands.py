@@ -1,0 +1,236 @@
+"""eval, sweep, info, chat, and the views of a decoding: --watch and --trace."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+
+import cli
+from fastdllm import Decoding, InputError, decode, generate
+
+QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(cli.cli, [str(a) for a in arguments], input=stdin)
+
+
+# --- eval ---
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("so \\boxed{42}", "42"), ("\\boxed{1} and then \\boxed{2}.", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{\\text{42}}", "42"), ("\\boxed{1,234.00}", "1234"), ("\\boxed{open", None), ("a\n#### 1,200", "1200"),
+    ("#### 18 dollars\n", "18"), ("#### $18.50.", "18.5"), ("12 #### 7 \n\n", "7"), ("it costs $3 and 25%.", "25"),
+    ("the answer is -3.", "-3"), ("from 3 to 5.0", "5"), ("none", None), ("", None), ("####", None), ("0.5", "0.5"),
+    ("first 9 #### then \\boxed{8}", "8"), ("1,000,000 people", "1000000"), ("\\boxed{50\\%}", "50"),
+])  # fmt: skip
+def test_the_final_answer_is_found(text, answer):
+    assert cli.final_answer(text) == answer
+
+
+def problems_file(tmp_path, n=6):
+    lines = [{"question": QUESTION.replace("12", str(i)), "answer": f"... #### {i + 7}"} for i in range(10, 10 + n)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "problems.jsonl"
+
+
+def test_eval_reports_accuracy_and_rates(tmp_path):
+    source, out = problems_file(tmp_path), tmp_path / "out.jsonl"
+    found = json.loads(run("eval", source, "--output", out, "--json", "--threshold", 0.95).stdout)
+    lines = [json.loads(line) for line in out.read_text().splitlines()][1:]
+    assert found["problems"] == len(lines) == 6
+    assert found["accuracy"] == sum(line["correct"] for line in lines) / 6
+    assert found["standard_error"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 6) ** 0.5)
+    passes = sum(line["forward_passes"] for line in lines)
+    assert found["tokens_per_forward"] == pytest.approx(sum(line["new_tokens"] for line in lines) / passes)
+    assert found["threshold"] == 0.95 and found["tokens_per_second"] > 0 and found["stopped_by_length"] == 0
+
+
+def test_eval_goes_on_where_it_stopped_and_repeats_byte_for_byte(tmp_path):
+    source, out = problems_file(tmp_path), tmp_path / "out.jsonl"
+    assert run("eval", source, "--output", out).exit_code == 0
+    whole = out.read_bytes()
+    for cut in (len(whole) // 2, len(whole) // 3, 10, 0):  # in the middle of a line
+        out.write_bytes(whole[:cut])
+        assert run("eval", source, "--output", out).exit_code == 0
+        assert out.read_bytes() == whole
+    assert run("eval", source, "--output", out).exit_code == 0 and out.read_bytes() == whole
+    other = run("eval", source, "--output", out, "--threshold", 0.5)
+    assert other.exit_code == 2 and "another run" in other.stderr and out.read_bytes() == whole
+
+
+def test_eval_refuses_problems_without_an_answer(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"question": "?", "answer": "3"}\n{"question": "?"}\n')
+    result = run("eval", tmp_path / "p.jsonl")
+    assert result.exit_code == 2 and "line 2" in result.stderr
+
+
+def test_eval_takes_the_held_out_set_by_default():
+    assert json.loads(run("eval", "--count", 3, "--json").stdout)["problems"] == 3
+
+
+# --- sweep ---
+
+
+def test_sweep_marks_what_nothing_else_beats_and_recommends():
+    found = json.loads(
+        run("sweep", "--count", 4, "--thresholds", "0.5,1", "--sub-block-sizes", "8,32", "--json").stdout
+    )
+    rows = found["rows"]
+    assert [row["block_size"] for row in rows] == [1, 32, 32, 32, 32] and rows[0]["speed_up"] == 1
+    for row in rows:
+        merit = row["accuracy"], row["tokens_per_second"]
+        beaten = any(o["accuracy"] >= merit[0] and o["tokens_per_second"] >= merit[1] and o is not row for o in rows)
+        assert row["best"] != beaten
+    assert found["recommended"]["accuracy"] >= rows[0]["accuracy"] - 0.01
+    table = run("sweep", "--count", 2, "--thresholds", "0.9", "--sub-block-sizes", "8").stdout.splitlines()
+    assert len(table) == 4 and table[-1].startswith("Within 1 points of AR, the fastest is ")
+
+
+# --- info ---
+
+
+def test_info_describes_a_checkpoint_without_its_weights(tmp_path, shipped):
+    model, tokenizer = shipped
+    folder = shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    found = json.loads(run("info", "--model", folder, "--json").stdout)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["block_size"] == 32 and found["kind"] == "block diffusion"
+    assert found["mask_token"] == f"{tokenizer.id('|<MASK>|')} |<MASK>|"
+    assert found["weights_mib"] == pytest.approx(found["parameters"] * 4 / 2**20)
+    assert found["cache_mib_per_1024_tokens"] == 2 * 4 * 2 * 32 * 4 / 1024
+    assert "block diffusion" in run("info", "--model", folder).stdout
+
+
+# --- chat ---
+
+
+def test_chat_answers_keeps_its_cache_and_saves(tmp_path, shipped):
+    model, tokenizer = shipped
+    saved = tmp_path / "talk.json"
+    result = run(
+        "chat",
+        "--max-new-tokens",
+        60,
+        stdin=f"{QUESTION}\n/stats\nAnd now?\n/save {saved}\n/clear\n/stats\n/x\n/exit\nno\n",
+    )
+    assert result.exit_code == 0
+    messages = json.loads(saved.read_text())["messages"]
+    assert [m["content"] for m in messages[::2]] == [QUESTION, "And now?"]
+    for turn in (1, 3):  # the same answers as from scratch
+        [fresh] = generate(model, [tokenizer.chat(messages[:turn])], Decoding(max_new_tokens=60))
+        assert messages[turn]["content"] == tokenizer.decode(fresh.tokens)
+        assert tokenizer.decode(fresh.tokens) in result.stdout
+    assert "32 of 1024 positions are in the cache" in result.stderr and "0 of 1024" in result.stderr
+    assert "Commands: " in result.stderr and "no" not in result.stdout.splitlines()
+
+
+def test_chat_says_when_the_conversation_is_too_long(shipped):
+    model, tokenizer = shipped
+    talk = cli.Chat(model, tokenizer, Decoding().resolve(model.config), None)
+    with pytest.raises(InputError, match="outgrown the model's 1024 positions; /clear"):
+        talk.answer("apples " * 1100)
+    assert talk.messages == []
+
+
+# --- Watch and trace ---
+
+
+def screen(text, width):
+    """What a terminal shows after the text: enough of one for what `watch` writes."""
+    rows, row, column = [[]], 0, 0
+    for part in re.findall(r"\x1b\[\d*[A-Za-z]|\x1b\[[\d;]*m|[\s\S]", text):
+        if part == "\n":
+            row, column = row + 1, 0
+            rows += [[]] * (row == len(rows))
+        elif part == "\r":
+            column = 0
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1])
+        elif part == "\x1b[J":
+            rows[row] = rows[row][:column]
+            del rows[row + 1 :]
+        elif not part.startswith("\x1b"):
+            rows[row][column:] = [part]
+            column += cli.cell_width(part)
+            assert column < width
+    return "\n".join("".join(line) for line in rows)
+
+
+@pytest.mark.parametrize("width", [30, 80])
+@pytest.mark.parametrize("colour", [True, False])
+def test_watch_ends_with_the_answer_on_the_screen(shipped, monkeypatch, width, colour):
+    model, tokenizer = shipped
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    prompt, shown = tokenizer.chat([{"role": "user", "content": QUESTION}]), []
+    steps = decode(model, [prompt], Decoding())
+    steps = list(cli.watch(tokenizer, steps, len(prompt), model.config.mask_token_id, shown.append))
+    [result] = generate(model, [prompt], Decoding())
+    answer = tokenizer.decode(result.tokens)
+    lines = cli.wrapped([(answer, None)], width - 1)
+    assert screen("".join(shown), width) == "\n".join("".join(c for c, _ in line) for line in lines)
+    assert cli.BLANK in "".join(shown[:-1]) and ("\x1b[38;5;" in "".join(shown)) == colour
+    assert [token for step in steps for token in step.final] == result.tokens
+
+
+def test_wide_characters_wrap_and_control_characters_do_not_steer_the_terminal():
+    lines = cli.wrapped([("世界世界", 1), ("a\x1b[2Jb\u0301", 2)], 5)
+    assert ["".join(c for c, _ in line) for line in lines] == ["世界", "世界a", "\ufffd[2Jb\u0301"]
+
+
+def test_watch_is_plain_text_where_standard_output_is_no_terminal():
+    assert run("generate", QUESTION, "--watch").stdout == run("generate", QUESTION).stdout
+
+
+def trace_data(page):
+    return json.loads(re.search(r'<script id="trace" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_trace_holds_every_pass_and_token(tmp_path, shipped):
+    out = tmp_path / "trace.html"
+    answer = run("generate", QUESTION, "--trace", out).stdout
+    data = trace_data(out.read_text())
+    assert "".join(token["text"] for token in data["tokens"]) == answer[:-1] + "<|im_end|>"
+    found = json.loads(run("generate", QUESTION, "--json").stdout)
+    kinds = [step["kind"] for step in data["passes"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == found["passes"]
+    for token in data["tokens"]:
+        assert token["runner_up"]["text"] != token["text"] and 0 < token["confidence"] <= 1
+        assert data["passes"][token["pass"]]["start"] <= token["position"] <= data["passes"][token["pass"]]["stop"]
+    assert not re.search(r"(src|href)=(?!.data:)|https?://|@import|fetch\(", out.read_text().replace("http://www.w3.org", ""))
+
+
+def test_trace_escapes_whatever_stands_in_the_text(tmp_path):
+    out = tmp_path / "trace.html"
+    evil = "</script><script>alert(1)</script> & <b>"
+    assert run("generate", evil, "--trace", out, "--max-new-tokens", 5).exit_code == 0
+    assert evil not in out.read_text() and evil in trace_data(out.read_text())["prompt"]
+    missing = run("generate", "hi", "--trace", tmp_path / "no" / "x.html")
+    assert missing.exit_code == 2 and "does not exist" in missing.stderr
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_trace_page_runs_in_a_browser_and_its_slider_moves(tmp_path):
+    run("generate", QUESTION, "--trace", tmp_path / "trace.html")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += (
+        f" --disable-component-update --disable-sync --enable-logging=stderr --user-data-dir={tmp_path / 'profile'}"
+    )
+    masked = []
+    for hash in ("", "#pass=2"):
+        page = f"file://{tmp_path / 'trace.html'}{hash}"
+        shown = subprocess.run(
+            ["chromium", *flags.split(), "--dump-dom", page], capture_output=True, text=True, timeout=60
+        )
+        assert "CONSOLE" not in shown.stderr
+        masked.append(len(re.findall(r'class="token[^"]*\bmasked', shown.stdout)))
+    assert masked[0] == 0 < masked[1]
