@@ -206,7 +206,9 @@ def test_trace_holds_every_pass_and_token(tmp_path, shipped):
     for token in data["tokens"]:
         assert token["runner_up"]["text"] != token["text"] and 0 < token["confidence"] <= 1
         assert data["passes"][token["pass"]]["start"] <= token["position"] <= data["passes"][token["pass"]]["stop"]
-    assert not re.search(r"(src|href)=(?!.data:)|https?://|@import|fetch\(", out.read_text().replace("http://www.w3.org", ""))
+    assert not re.search(
+        r"(src|href)=(?!.data:)|https?://|@import|fetch\(", out.read_text().replace("http://www.w3.org", "")
+    )
 
 
 def test_trace_escapes_whatever_stands_in_the_text(tmp_path):

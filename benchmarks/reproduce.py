@@ -1,0 +1,267 @@
+"""The paper's figures, remade with the shipped checkpoint on a laptop: six figures as SVG, their data as JSON.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/reproduce.py
+
+Accuracy is of held-out problems; speed is decoding of the same weights by the same code, AR (block size 1) included,
+rounds interleaved, medians reported. Run it on a machine that does nothing else.
+"""
+
+import json
+import statistics
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import click
+import matplotlib
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+from problems import problems as word_problems  # noqa: E402
+
+import cli  # noqa: E402
+from fastdllm import Decoding, generate, load  # noqa: E402
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#d9730d", "#2a8c55", "#777777"
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+STYLE |= {"svg.hashsalt": "reproduce", "legend.frameon": False}
+
+
+class Bench:
+    """The model, the problems, and what was measured."""
+
+    def __init__(self, model: str, problems: int, rounds: int):
+        self.model, self.tokenizer = load(model, "cpu")
+        chosen = islice(word_problems("heldout", 1), problems)
+        self.problems = [
+            {"messages": [{"role": "user", "content": p["question"]}], "expected": cli.final_answer(p["answer"])}
+            for p in chosen
+        ]
+        self.prompts = [self.tokenizer.chat(p["messages"]) for p in self.problems]
+        self.rounds = rounds
+
+    def score(self, **knobs) -> dict:
+        """Accuracy and tokens per forward over all problems."""
+        results = generate(self.model, self.prompts, Decoding(max_new_tokens=96, **knobs))
+        return cli.scores([cli.verdict(p, r, self.tokenizer) for p, r in zip(self.problems, results)])
+
+    def speeds(self, ways: dict[str, Decoding], count: int) -> dict[str, dict]:
+        """Tokens per second of several ways to decode the first prompts: rounds interleaved, median and range."""
+        found = {name: [] for name in ways}
+        for decoding in ways.values():
+            generate(self.model, self.prompts[: decoding.batch_size], decoding)
+        for _ in range(self.rounds):
+            for name, decoding in ways.items():
+                began = time.perf_counter()
+                results = generate(self.model, self.prompts[:count], decoding)
+                found[name].append(sum(len(r.tokens) for r in results) / (time.perf_counter() - began))
+        return {
+            name: {"tokens_per_second": statistics.median(v), "lowest": min(v), "highest": max(v)}
+            for name, v in found.items()
+        }
+
+
+def thresholds(bench: Bench, count: int) -> dict:
+    values = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0]
+    ways = {str(t): Decoding(threshold=t, max_new_tokens=96, batch_size=1) for t in values}
+    speeds = bench.speeds(ways | {"AR": Decoding(block_size=1, max_new_tokens=96, batch_size=1)}, count)
+    rows = [{"threshold": t, **bench.score(threshold=t), **speeds[str(t)]} for t in tqdm(values, "thresholds")]
+    return {"rows": rows, "AR": bench.score(block_size=1) | speeds["AR"]}
+
+
+def sub_blocks(bench: Bench, count: int) -> dict:
+    return {
+        "rows": [
+            {"sub_block_size": n, "threshold": t, **bench.score(sub_block_size=n, threshold=t)}
+            for t in (0.9, 1.0)
+            for n in tqdm([2, 4, 8, 16, 32], f"sub-blocks, threshold {t}")
+        ]
+    }
+
+
+def blocks(bench: Bench, count: int) -> dict:
+    return {
+        "rows": [
+            {"block_size": n, "threshold": t, **bench.score(block_size=n, sub_block_size=n, threshold=t)}
+            for t in (0.9, 1.0)
+            for n in tqdm([2, 4, 8, 16, 32], f"blocks, threshold {t}")
+        ]
+    }
+
+
+def batches(bench: Bench, count: int) -> dict:
+    rows = []
+    for size in tqdm([1, 2, 4, 8, 16, 32], "batch sizes"):
+        knobs = {"max_new_tokens": 96, "batch_size": size}
+        ways = {"AR": Decoding(block_size=1, **knobs)}
+        for sub in (8, 32):
+            ways[f"block, sub-block {sub}"] = Decoding(sub_block_size=sub, **knobs)
+        ways["dual, sub-block 8"] = Decoding(cache="dual", **knobs)
+        found = bench.speeds(ways, max(count, 4 * size))
+        rows += [{"batch_size": size, "decoder": name, **speed} for name, speed in found.items()]
+    return {"rows": rows}
+
+
+def lengths(bench: Bench, count: int) -> dict:
+    """Seconds of each answer alone, by its length; only answers that AR and block diffusion give alike."""
+    ways = {"AR": Decoding(block_size=1, max_new_tokens=96), "block": Decoding(max_new_tokens=96)}
+    groups = {}
+    for prompt in tqdm(bench.prompts[: 2 * count], "answer lengths"):
+        seconds = {name: [] for name in ways}
+        for _ in range(bench.rounds):
+            for name, decoding in ways.items():
+                began = time.perf_counter()
+                [seconds[name + " result"]] = generate(bench.model, [prompt], decoding)
+                seconds[name].append(time.perf_counter() - began)
+        results = seconds["AR result"], seconds["block result"]
+        if results[0].tokens == results[1].tokens:
+            row = len(results[1].tokens) / max(1, results[1].forward_passes)
+            ratio = statistics.median(seconds["AR"]) / statistics.median(seconds["block"])
+            groups.setdefault(len(results[1].tokens) // 5 * 5, []).append((ratio, row))
+    return {
+        "rows": [
+            {
+                "tokens_from": low,
+                "tokens_to": low + 4,
+                "answers": len(group),
+                "speed_up": statistics.mean(ratio for ratio, _ in group),
+                "tokens_per_forward": statistics.mean(rate for _, rate in group),
+            }
+            for low, group in sorted(groups.items())
+            if len(group) >= 3
+        ]
+    }
+
+
+# --- Figures ---
+
+
+def accuracy_bars(axis, x, rows, colour, label=None, shift=0):
+    heights = [100 * row["accuracy"] for row in rows]
+    errors = [100 * row["standard_error"] for row in rows]
+    axis.errorbar([i + shift for i in x], heights, errors, fmt="o-", color=colour, capsize=3, label=label)
+    axis.set_ylabel("accuracy (%)")
+
+
+def draw_thresholds(data, axis):
+    rows, x = data["rows"], range(len(data["rows"]))
+    accuracy_bars(axis, x, rows, BLUE)
+    axis.axhline(100 * data["AR"]["accuracy"], color=BLUE, linestyle=":", label="AR, same weights")
+    axis.set_xticks(x, [f"{row['threshold']:g}" for row in rows])
+    axis.set_xlabel("threshold")
+    axis.yaxis.label.set_color(BLUE)
+    speed = axis.twinx()
+    speed.grid(False)
+    speed.plot(x, [row["tokens_per_second"] for row in rows], "s-", color=ORANGE)
+    speed.axhline(data["AR"]["tokens_per_second"], color=ORANGE, linestyle=":")
+    speed.set_ylabel("tokens/s, batch 1", color=ORANGE)
+    speed.set_ylim(bottom=0)
+    axis.legend(loc="lower left")
+
+
+def draw_sizes(name):
+    def draw(data, axis):
+        ends = {1.0: (BLUE, "threshold 1"), 0.9: (ORANGE, "threshold 0.9")}
+        for threshold, (colour, label) in ends.items():
+            rows = [row for row in data["rows"] if row["threshold"] == threshold]
+            accuracy_bars(axis, range(len(rows)), rows, colour, label, shift=0.04 if threshold < 1 else -0.04)
+            if threshold < 1:
+                for i, row in enumerate(rows):
+                    at = (i + 0.08, 100 * row["accuracy"])
+                    axis.annotate(f"{row['tokens_per_forward']:.1f} tokens/forward", at, (4, -12), fontsize=7,
+                                  textcoords="offset points", color=colour)  # fmt: skip
+        axis.set_xticks(range(len(rows)), [str(row[name]) for row in rows])
+        axis.set_xlim(-0.4, len(rows) - 0.2)
+        axis.set_xlabel(name.replace("_", " ").replace("sub block", "sub-block"))
+        axis.legend(loc="lower right")
+
+    return draw
+
+
+def draw_batches(names, relative):
+    def draw(data, axis):
+        sizes = sorted({row["batch_size"] for row in data["rows"]})
+        speed = {(row["batch_size"], row["decoder"]): row["tokens_per_second"] for row in data["rows"]}
+        for name, colour in zip(names, (BLUE, ORANGE, GREEN)):
+            values = [speed[size, name] / (speed[size, "AR"] if relative else 1) for size in sizes]
+            axis.plot(range(len(sizes)), values, "o-", color=colour, label=name)
+        if relative:
+            axis.axhline(1, color=GREY, linestyle=":", label="AR, same weights, same batch")
+        axis.set_xticks(range(len(sizes)), map(str, sizes))
+        axis.set_xlabel("batch size")
+        axis.set_ylabel("speed-up over AR" if relative else "tokens/s")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+
+    return draw
+
+
+def draw_lengths(data, axis):
+    rows, x = data["rows"], range(len(data["rows"]))
+    axis.plot(x, [row["speed_up"] for row in rows], "o-", color=BLUE, label="speed-up over AR")
+    axis.plot(x, [row["tokens_per_forward"] for row in rows], "s--", color=ORANGE, label="tokens per forward")
+    axis.axhline(1, color=GREY, linestyle=":")
+    axis.set_xticks(x, [f"{row['tokens_from']}-{row['tokens_to']}\nn={row['answers']}" for row in rows])
+    axis.set_xlabel("tokens of the answer")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+
+
+FIGURES = {  # file name: (measurement, drawing, title)
+    "threshold": (thresholds, draw_thresholds, "Accuracy and speed against the threshold"),
+    "sub_block_size": (sub_blocks, draw_sizes("sub_block_size"), "Sub-block size, block 32"),
+    "block_size": (blocks, draw_sizes("block_size"), "Block size changed at inference only (trained: 32)"),
+    "dual_cache": (
+        batches,
+        draw_batches(["block, sub-block 8", "dual, sub-block 8", "AR"], False),
+        "DualCache off and on",
+    ),
+    "batch_size": (
+        batches,
+        draw_batches(["block, sub-block 8", "block, sub-block 32", "dual, sub-block 8"], True),
+        "Speed-up against batch size, threshold 0.9",
+    ),
+    "answer_length": (lengths, draw_lengths, "Speed-up against answer length, batch 1, threshold 0.9"),
+}
+
+
+@click.command(help=__doc__)
+@click.option("--model", default=str(cli.SHIPPED), help="Checkpoint  [default: the shipped one]")
+@click.option("--problems", default=400, show_default=True, help="Held-out problems behind each accuracy.")
+@click.option("--timed", default=64, show_default=True, help="Problems behind each speed.")
+@click.option("--rounds", default=3, show_default=True, help="Interleaved rounds of each timing.")
+@click.option("--threads", type=int, default=1, show_default=True, help="CPU threads.")
+@click.option("--only", multiple=True, type=click.Choice(list(FIGURES)), help="Figures  [default: all]")
+@click.option("--draw-only", is_flag=True, help="Draw the committed data again.")
+def main(model, problems, timed, rounds, threads, only, draw_only):
+    torch.set_num_threads(threads)
+    folder = ROOT / "benchmarks" / "figures"
+    folder.mkdir(exist_ok=True)
+    bench = None if draw_only else Bench(model, problems, rounds)
+    measured = {}
+    for name in only or FIGURES:
+        measure, draw, title = FIGURES[name]
+        if draw_only:
+            data = json.loads((folder / f"{name}.json").read_text())
+        else:
+            measured[measure] = measured.get(measure) or measure(bench, timed)
+            how = {"problems": problems, "timed_problems": timed, "rounds": rounds}
+            data = measured[measure] | {"measured": cli.environment() | how}
+            (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        with plt.rc_context(STYLE):
+            figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+            draw(data, axis)
+            axis.set_title(title, fontsize=11)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
