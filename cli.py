@@ -36,9 +36,7 @@ from fastdllm import (
     check_prompt,
     decode,
     load,
-    load_tokenizer,
-    locate,
-    read_config,
+    read_checkpoint,
     read_json,
     replace_file,
     require,
@@ -237,7 +235,7 @@ def environment() -> dict:
         processor = names[0] if names else processor
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return {"hardware": hardware, "threads": torch.get_num_threads(), **versions, "command": command,
             "date": date.today().isoformat()}  # fmt: skip
 
@@ -731,10 +729,7 @@ def measured(model, tokenizer, problems: list[dict], prompts: list[list[int]], d
 @reports_mistakes
 def info(model, as_json):
     """What a checkpoint is, without loading its weights."""
-    folder = locate(model, weights=False)
-    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    config = read_config(folder, tokenizer)
+    folder, config, tokenizer = read_checkpoint(model, weights=False)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Qwen2(config).parameters())
     raw = read_json(folder / "config.json")

@@ -7,7 +7,7 @@ threshold is kept. Finished blocks stay in a KV cache as in any autoregressive m
     from fastdllm import Decoding, generate, load
 
     model, tokenizer = load("tiny/checkpoint")
-    prompt = tokenizer.chat([{"role": "user", "content": "Mia has 12 apples. She buys 7 more. How many now?"}])
+    prompt = tokenizer.chat([{"role": "user", "content": "Maya has 6 jars with 8 cards in each. How many cards?"}])
     [result] = generate(model, [prompt], Decoding(threshold=0.9))
     print(tokenizer.decode(result.tokens))
 
@@ -329,7 +329,7 @@ class Decoding:
     sub_block_size: int = 8  # window of a block that is revealed before the next; the default shrinks to smaller blocks
     threshold: float = 0.9  # reveal guesses of more confidence than this; 1: one token a pass
     cache: str = "block"  # "none": recompute everything; "block": keep finished blocks; "dual": DualCache too
-    max_new_tokens: int = 512
+    max_new_tokens: int = 256
     temperature: float = 0.0  # 0: the most probable token
     top_p: float = 1.0  # nucleus, at temperatures above 0
     stop_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's; (): none
@@ -340,6 +340,7 @@ class Decoding:
     def __post_init__(self):
         whole = lambda v: type(v) is int and v >= 1
         number = lambda v, most: isinstance(v, (int, float)) and 0 <= v <= most
+        ids = lambda v: isinstance(v, (tuple, list, set, frozenset)) and all(type(i) is int for i in v)
         for names, ok, rule in [
             ("sub_block_size max_new_tokens batch_size", whole, "be a whole number of at least 1"),
             ("block_size", lambda v: v is None or whole(v), "be a whole number of at least 1, or None"),
@@ -347,7 +348,7 @@ class Decoding:
             ("temperature", lambda v: v == 0 or number(v, 1e4) and v >= 1e-4, "be 0, or between 0.0001 and 10000"),
             ("cache", lambda v: v in ("none", "block", "dual"), "be none, block or dual"),
             ("seed", lambda v: v is None or type(v) is int and 0 <= v < 2**63, "be between 0 and 2**63 - 1, or None"),
-            ("stop_token_ids", lambda v: v is None or {type(i) for i in v} <= {int}, "be a list of token ids, or None"),
+            ("stop_token_ids", lambda v: v is None or ids(v), "be a list of token ids, or None"),
         ]:
             for name in names.split():
                 value = getattr(self, name)
@@ -852,6 +853,14 @@ def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
     return replace(config, mask_token_id=mask, stop_token_ids=tuple(dict.fromkeys(stops)), tokenizer_size=size)
 
 
+def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
+    """Folder, config and tokenizer of a checkpoint; of a Hub id the weights are fetched only where they are wanted."""
+    folder = locate(path, weights)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    return folder, read_config(folder, tokenizer), tokenizer
+
+
 def load(
     path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto"
 ) -> tuple[Qwen2, Tokenizer | None]:
@@ -861,14 +870,13 @@ def load(
     files'. Tensors go from the mapped file to their parameters one by one, so memory holds the weights once.
     Raises InputError naming the file, key or tensor that is wrong, before anything runs.
     """
-    folder, device = locate(path), pick_device(device)
+    device = pick_device(device)
     if isinstance(dtype, str):
         require(dtype in DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
-    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    folder, config, tokenizer = read_checkpoint(path)
     with torch.device("meta"):
-        model = Qwen2(read_config(folder, tokenizer))
+        model = Qwen2(config)
 
     expected = {name: list(p.shape) for name, p in model.named_parameters()}  # a tied head is the embedding, once
     files = {}
@@ -879,7 +887,7 @@ def load(
                 shape, wanted = weights.get_slice(name).get_shape(), expected.get(name)
                 ok = wanted in (None, shape)
                 require(ok, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
-    repeated = model.config.tie_word_embeddings and files.pop("lm_head.weight", None)  # others write it again
+    repeated = config.tie_word_embeddings and files.pop("lm_head.weight", None)  # others write it again
     for names, problem in [(expected.keys() - files, "missing"), (files.keys() - expected, "not part of this model")]:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         require(not names, f"{folder}: tensor {min(names, default='')} is {problem}{more}.")
@@ -888,7 +896,7 @@ def load(
             tensor = weights.get_tensor(name)
         dtype = dtype or tensor.dtype
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype), False))
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype)))
     model.tie()
     if repeated:
         with open_weights(folder / repeated, device) as weights:

@@ -240,7 +240,7 @@ def initial_model(folder: Path, from_scratch: bool, device: str, seed: int) -> t
         model.to(pick_device(device))
     if tokenizer is None:
         raise InputError(f"{folder}: no tokenizer, so the data cannot be read.")
-    return model.requires_grad_(True).train(), tokenizer
+    return model.train(), tokenizer
 
 
 def train(

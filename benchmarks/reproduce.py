@@ -52,7 +52,7 @@ class Bench:
         results = generate(self.model, self.prompts, Decoding(max_new_tokens=96, **knobs))
         return cli.scores([cli.verdict(p, r, self.tokenizer) for p, r in zip(self.problems, results)])
 
-    def speeds(self, ways: dict[str, Decoding], count: int) -> dict[str, dict]:
+    def speeds(self, ways: dict, count: int) -> dict[object, dict]:
         """Tokens per second of several ways to decode the first prompts: rounds interleaved, median and range."""
         found = {name: [] for name in ways}
         for decoding in ways.values():
@@ -69,10 +69,13 @@ class Bench:
 
 
 def thresholds(bench: Bench, count: int) -> dict:
-    values = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0]
-    ways = {str(t): Decoding(threshold=t, max_new_tokens=96, batch_size=1) for t in values}
-    speeds = bench.speeds(ways | {"AR": Decoding(block_size=1, max_new_tokens=96, batch_size=1)}, count)
-    rows = [{"threshold": t, **bench.score(threshold=t), **speeds[str(t)]} for t in tqdm(values, "thresholds")]
+    values, subs, knobs = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0], [8, 32], {"max_new_tokens": 96, "batch_size": 1}
+    ways = {(n, t): Decoding(threshold=t, sub_block_size=n, **knobs) for n in subs for t in values}
+    speeds = bench.speeds(ways | {"AR": Decoding(block_size=1, **knobs)}, count)
+    rows = [
+        {"sub_block_size": n, "threshold": t, **bench.score(threshold=t, sub_block_size=n), **speeds[n, t]}
+        for n, t in tqdm([way for way in ways], "thresholds")
+    ]
     return {"rows": rows, "AR": bench.score(block_size=1) | speeds["AR"]}
 
 
@@ -80,7 +83,7 @@ def sub_blocks(bench: Bench, count: int) -> dict:
     return {
         "rows": [
             {"sub_block_size": n, "threshold": t, **bench.score(sub_block_size=n, threshold=t)}
-            for t in (0.9, 1.0)
+            for t in (0.5, 0.9, 1.0)
             for n in tqdm([2, 4, 8, 16, 32], f"sub-blocks, threshold {t}")
         ]
     }
@@ -90,7 +93,7 @@ def blocks(bench: Bench, count: int) -> dict:
     return {
         "rows": [
             {"block_size": n, "threshold": t, **bench.score(block_size=n, sub_block_size=n, threshold=t)}
-            for t in (0.9, 1.0)
+            for t in (0.5, 0.9, 1.0)
             for n in tqdm([2, 4, 8, 16, 32], f"blocks, threshold {t}")
         ]
     }
@@ -143,44 +146,45 @@ def lengths(bench: Bench, count: int) -> dict:
 # --- Figures ---
 
 
-def accuracy_bars(axis, x, rows, colour, label=None, shift=0):
+def accuracy_line(axis, x, rows, colour, label=None, shift=0.0):
     heights = [100 * row["accuracy"] for row in rows]
     errors = [100 * row["standard_error"] for row in rows]
     axis.errorbar([i + shift for i in x], heights, errors, fmt="o-", color=colour, capsize=3, label=label)
     axis.set_ylabel("accuracy (%)")
+    axis.set_ylim(min(85, axis.get_ylim()[0], min(heights) - 2), 101)
 
 
-def draw_thresholds(data, axis):
-    rows, x = data["rows"], range(len(data["rows"]))
-    accuracy_bars(axis, x, rows, BLUE)
-    axis.axhline(100 * data["AR"]["accuracy"], color=BLUE, linestyle=":", label="AR, same weights")
-    axis.set_xticks(x, [f"{row['threshold']:g}" for row in rows])
-    axis.set_xlabel("threshold")
-    axis.yaxis.label.set_color(BLUE)
-    speed = axis.twinx()
-    speed.grid(False)
-    speed.plot(x, [row["tokens_per_second"] for row in rows], "s-", color=ORANGE)
-    speed.axhline(data["AR"]["tokens_per_second"], color=ORANGE, linestyle=":")
-    speed.set_ylabel("tokens/s, batch 1", color=ORANGE)
+def draw_thresholds(data, axes):
+    accuracy, speed = axes
+    for sub, colour in ((8, BLUE), (32, ORANGE)):
+        rows = [row for row in data["rows"] if row["sub_block_size"] == sub]
+        x = range(len(rows))
+        accuracy_line(accuracy, x, rows, colour, f"sub-block {sub}")
+        speed.plot(x, [row["tokens_per_second"] for row in rows], "o-", color=colour)
+    accuracy.axhline(100 * data["AR"]["accuracy"], color=GREY, linestyle=":", label="AR, same weights")
+    speed.axhline(data["AR"]["tokens_per_second"], color=GREY, linestyle=":")
+    speed.set_ylabel("tokens/s, batch 1")
     speed.set_ylim(bottom=0)
-    axis.legend(loc="lower left")
+    accuracy.legend(loc="lower right")
+    for axis in axes:
+        axis.set_xticks(x, [f"{row['threshold']:g}" for row in rows])
+        axis.set_xlabel("threshold")
 
 
 def draw_sizes(name):
-    def draw(data, axis):
-        ends = {1.0: (BLUE, "threshold 1"), 0.9: (ORANGE, "threshold 0.9")}
-        for threshold, (colour, label) in ends.items():
+    def draw(data, axes):
+        accuracy, rate = axes
+        for threshold, colour in ((1.0, GREEN), (0.9, BLUE), (0.5, ORANGE)):
             rows = [row for row in data["rows"] if row["threshold"] == threshold]
-            accuracy_bars(axis, range(len(rows)), rows, colour, label, shift=0.04 if threshold < 1 else -0.04)
-            if threshold < 1:
-                for i, row in enumerate(rows):
-                    at = (i + 0.08, 100 * row["accuracy"])
-                    axis.annotate(f"{row['tokens_per_forward']:.1f} tokens/forward", at, (4, -12), fontsize=7,
-                                  textcoords="offset points", color=colour)  # fmt: skip
-        axis.set_xticks(range(len(rows)), [str(row[name]) for row in rows])
-        axis.set_xlim(-0.4, len(rows) - 0.2)
-        axis.set_xlabel(name.replace("_", " ").replace("sub block", "sub-block"))
-        axis.legend(loc="lower right")
+            x = range(len(rows))
+            accuracy_line(accuracy, x, rows, colour, f"threshold {threshold:g}", shift=(threshold - 0.8) / 5)
+            rate.plot(x, [row["tokens_per_forward"] for row in rows], "o-", color=colour)
+        rate.set_ylabel("tokens per forward")
+        rate.set_ylim(bottom=0)
+        accuracy.legend(loc="lower right")
+        for axis in axes:
+            axis.set_xticks(x, [str(row[name]) for row in rows])
+            axis.set_xlabel(name.replace("sub_block", "sub-block").replace("_", " "))
 
     return draw
 
@@ -189,7 +193,8 @@ def draw_batches(names, relative):
     def draw(data, axis):
         sizes = sorted({row["batch_size"] for row in data["rows"]})
         speed = {(row["batch_size"], row["decoder"]): row["tokens_per_second"] for row in data["rows"]}
-        for name, colour in zip(names, (BLUE, ORANGE, GREEN)):
+        for name, colour in zip(names, (BLUE, GREEN, ORANGE)):
+            colour = GREY if name == "AR" else colour
             values = [speed[size, name] / (speed[size, "AR"] if relative else 1) for size in sizes]
             axis.plot(range(len(sizes)), values, "o-", color=colour, label=name)
         if relative:
@@ -225,7 +230,7 @@ FIGURES = {  # file name: (measurement, drawing, title)
     ),
     "batch_size": (
         batches,
-        draw_batches(["block, sub-block 8", "block, sub-block 32", "dual, sub-block 8"], True),
+        draw_batches(["block, sub-block 8", "dual, sub-block 8", "block, sub-block 32"], True),
         "Speed-up against batch size, threshold 0.9",
     ),
     "answer_length": (lengths, draw_lengths, "Speed-up against answer length, batch 1, threshold 0.9"),
@@ -256,9 +261,10 @@ def main(model, problems, timed, rounds, threads, only, draw_only):
             data = measured[measure] | {"measured": cli.environment() | how}
             (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
         with plt.rc_context(STYLE):
-            figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-            draw(data, axis)
-            axis.set_title(title, fontsize=11)
+            panels = 2 if name in ("threshold", "sub_block_size", "block_size") else 1
+            figure, axes = plt.subplots(1, panels, figsize=(6.8 if panels == 2 else 5.2, 3.2), layout="constrained")
+            draw(data, axes)
+            figure.suptitle(title, fontsize=11)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
 

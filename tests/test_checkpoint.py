@@ -1,10 +1,14 @@
 """Load and save: what is right loads exactly, what is wrong is named in one sentence."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -96,7 +100,7 @@ def test_save_writes_what_load_reads(golden_models, tmp_path, name):
 def test_save_replaces_a_checkpoint_of_several_files(golden_models, folder):
     shard(folder)
     model, _ = load(folder, "cpu")
-    model.get_parameter(NORM)[:] = 0
+    model.get_parameter(NORM).data[:] = 0
     save(model, None, folder)
     assert load(folder, "cpu")[0].get_parameter(NORM).abs().sum() == 0
 
@@ -217,6 +221,17 @@ def test_rope_theta_is_read_from_either_place(folder, golden_models):
     theta = raw.pop("rope_theta")
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     assert parse_config(raw).rope_theta == theta == golden_models["untied"].config.rope_theta
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(folders, tmp_path):
+    snapshot = tmp_path / "hub" / "models--somebody--tiny" / "snapshots" / "abc"
+    shutil.copytree(folders["untied"], snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    code = "from fastdllm import *; model, _ = load('somebody/tiny', 'cpu'); print(model.config.block_size)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "32\n"
 
 
 def test_unknown_places_devices_and_dtypes_are_refused(folder, tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def test_the_default_sub_block_shrinks_to_small_blocks_and_a_chosen_one_must_div
 
 def test_mask_and_padding_ids_are_never_guessed(folders):
     model, _ = fastdllm.load(folders["untied"], "cpu")
-    model.lm_head.weight[:] = 0  # all ids are equally likely: the first allowed one is the argmax
+    model.lm_head.weight.data[:] = 0  # all ids are equally likely: the first allowed one is the argmax
     model.config = replace(model.config, mask_token_id=0, tokenizer_size=2)
     for knobs in [Decoding(8), Decoding(1), Decoding(8, temperature=1.0, seed=0)]:
         steps = decode(model, [[1, 1, 1]], replace(knobs, max_new_tokens=20, stop_token_ids=()))
@@ -192,7 +192,7 @@ def test_mask_and_padding_ids_are_never_guessed(folders):
 
 @pytest.mark.parametrize("prompt, message", [
     ([], "empty"), ([320], "320, outside the vocabulary of 320"), ([-1], "-1, outside"), ([5, 310], "mask token"),
-    ([1] * 1000, "1512 positions, the model has 1024"),
+    ([1] * 1000, "1256 positions, the model has 1024"),
     (["a"], "list of lists"), (5, "list of lists"), ([1.5], "list of lists"),
 ])  # fmt: skip
 def test_bad_prompts_are_refused_before_anything_runs(golden_models, prompt, message):
@@ -202,8 +202,10 @@ def test_bad_prompts_are_refused_before_anything_runs(golden_models, prompt, mes
 
 @pytest.mark.parametrize("knobs", [
     {"threshold": 1.1}, {"threshold": -0.1}, {"threshold": float("nan")}, {"cache": "triple"}, {"top_p": 2.0},
-    {"max_new_tokens": None}, {"block_size": 8.0}, {"threshold": None}, {"stop_token_ids": ("a",)}, {"seed": 2**70},
-    {"temperature": 1e-50}, {"max_new_tokens": 0},
+    {"max_new_tokens": None}, {"block_size": 8.0}, {"threshold": None}, {"stop_token_ids": ("a",)},
+    {"stop_token_ids": 5}, {"seed": 2**70},
+    {"temperature": 1e-50},
+    {"max_new_tokens": 0},
     {"temperature": -1.0}, {"block_size": 0}, {"sub_block_size": 0}, {"batch_size": 0},
 ])  # fmt: skip
 def test_bad_options_are_refused(knobs):
@@ -274,7 +276,7 @@ def test_rows_of_different_lengths_share_forward_passes(golden_models, monkeypat
 
 def test_weights_that_give_no_numbers_are_reported(folders):
     model, _ = fastdllm.load(folders["untied"], "cpu")
-    model.model.norm.weight[:] = torch.nan
+    model.model.norm.weight.data[:] = torch.nan
     for temperature in (0.0, 1.0):
         with pytest.raises(InputError, match="not a number"):
             generate(model, [[1, 2]], Decoding(temperature=temperature))

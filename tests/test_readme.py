@@ -45,6 +45,33 @@ def test_every_flag_of_every_command_exists(command):
     assert set(re.findall(r"--[\w-]+", command)) <= options_of(command)
 
 
+def test_every_flag_and_command_in_running_text_exists():
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    known = {
+        flag
+        for command in [*cli.cli.commands.values(), train.main]
+        for option in command.params
+        for flag in option.opts
+    }
+    known |= {"--help"}
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
+            assert flag in known, flag
+        for name in re.findall(r"python cli\.py (\w+)", code):
+            assert name in cli.cli.commands, name
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "console"])
+def test_what_the_quick_start_shows_is_what_comes_out(block):
+    command, *shown = block.strip().split("\n")
+    run = subprocess.run(
+        [sys.executable, *command.removeprefix("$ python ").split()],
+        cwd=ROOT, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    plain = lambda text: re.sub(r"[\d.]+ tokens/s", "N tokens/s", text).splitlines()
+    assert sorted(plain(run.stdout + run.stderr)) == sorted(plain("\n".join(shown)))
+
+
 def test_every_function_in_the_table_of_concepts_exists():
     table = re.search(r"\| concept .*?\n\n", README, re.DOTALL)[0]
     named = re.findall(r"`(fastdllm|train)\.([\w.]+)`", table)

@@ -32,7 +32,7 @@ GOLDEN = golden("train")
 
 @pytest.fixture(scope="module")
 def trainable_models(folders) -> dict:
-    return {name: load(folder, "cpu")[0].requires_grad_(True) for name, folder in folders.items()}
+    return {name: load(folder, "cpu")[0] for name, folder in folders.items()}
 
 
 def example(rng, B=2, L=24, prompt=5):
