@@ -781,27 +781,31 @@ class Chat:
         self.messages, self.memory, self.results, self.seconds = [], Memory(), [], 0.0
 
     def run(self) -> None:
-        """Read lines until /exit or the end of the input."""
+        """Read lines until /exit or the end of the input; Ctrl-C ends a line or an answer, never the program."""
+        begin = ""
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = input(f"{begin}> " if sys.stdin.isatty() else "").strip()
+                begin = ""
+                if line == "/exit":
+                    return
+                self.turn(line)
             except EOFError:
                 return
-            except KeyboardInterrupt:  # of the line, not of the program
-                click.echo()
-                continue
-            name, _, rest = line.partition(" ")
-            if name == "/exit":
-                return
-            if name in ("/clear", "/system", "/stats", "/save"):
-                self.command(name, rest.strip())
-            elif line.startswith("/"):
-                click.echo("Commands: /clear, /system TEXT, /stats, /save FILE, /exit.", err=True)
-            elif line:
-                try:
-                    self.answer(line)
-                except InputError as error:
-                    click.echo(f"Error: {error}", err=True)
+            except KeyboardInterrupt:
+                begin = "\n"
+            except InputError as error:
+                click.echo(f"Error: {error}", err=True)
+
+    def turn(self, line: str) -> None:
+        """One line: a command, or something to answer."""
+        name, _, rest = line.partition(" ")
+        if name in ("/clear", "/system", "/stats", "/save"):
+            self.command(name, rest.strip())
+        elif line.startswith("/"):
+            click.echo("Commands: /clear, /system TEXT, /stats, /save FILE, /exit.", err=True)
+        elif line:
+            self.answer(line)
 
     def command(self, name: str, rest: str) -> None:
         if name == "/clear":
