@@ -4,12 +4,8 @@ An autoregressive model, fine-tuned a little, becomes a block-diffusion model: t
 starts as masks, each pass guesses all masked positions of a sub-block at once, and every guess above a confidence
 threshold is kept. Finished blocks stay in a KV cache as in any autoregressive model. With block size 1 it *is* one.
 
-    from fastdllm import Decoding, generate, load
-
     model, tokenizer = load("tiny/checkpoint")
-    prompt = tokenizer.chat([{"role": "user", "content": "Maya has 6 jars with 8 cards in each. How many cards?"}])
-    [result] = generate(model, [prompt], Decoding(threshold=0.9))
-    print(tokenizer.decode(result.tokens))
+    [result] = generate(model, [tokenizer.chat([{"role": "user", "content": "..."}])], Decoding(threshold=0.9))
 
 Shapes: B rows of a batch, T positions of a window, S keys seen, D hidden size, H query heads, K key/value heads,
 d head size, V vocabulary. Positions are absolute and start at 0; block k covers positions [k * size, (k + 1) * size).
@@ -458,10 +454,9 @@ def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> l
         raise InputError("Prompts are a list of lists of token ids; encode text first, and wrap one prompt.") from None
     vocab, limit = config.tokenizer_size or config.vocab_size, config.max_position_embeddings
     require(prompt, "The prompt is empty; give at least one token.")
-    for token in prompt:
-        require(0 <= token < vocab, f"The prompt has token id {token}, outside the vocabulary of {vocab}.")
-        masked = token == config.mask_token_id
-        require(not masked, f"The prompt has the mask token, id {token}, which only the decoder may write.")
+    stray, mask = next((token for token in prompt if not 0 <= token < vocab), None), config.mask_token_id
+    require(stray is None, f"The prompt has token id {stray}, outside the vocabulary of {vocab}.")
+    require(mask not in prompt, f"The prompt has the mask token, id {mask}, which only the decoder may write.")
     total = len(prompt) + decoding.max_new_tokens
     sizes = f"{len(prompt)} prompt tokens and {decoding.max_new_tokens} new ones make {total} positions"
     require(total <= limit, f"{sizes}, the model has {limit}; lower max_new_tokens or shorten the prompt.")
