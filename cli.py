@@ -486,16 +486,22 @@ def score_line(found: dict) -> str:
     )
 
 
-def done_before(path: Path, problems: list[dict], options: dict) -> list[dict]:
-    """Verdicts that an earlier, broken-off run has written. Raises InputError where that run was another one."""
+def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
+    """Lines that an earlier, broken-off run has written, its header first; half a line at the end is cut off.
+
+    Raises InputError, and leaves the file as it is, where that run was another one.
+    """
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0]  # the last line may be half a line
-    lines = list(parse_jsonl(whole, path).values()) if whole else []
-    same = lines and lines[0] == {"options": options} and len(lines) <= len(problems) + 1
-    same = same and all(v.items() >= p.items() for v, p in zip(lines[1:], problems))
-    require(same or not whole, f"{path}: holds answers of another run; remove it or name another file.")
-    return lines[1:]
+    content, first = path.read_bytes(), json.dumps(header, ensure_ascii=False).encode()
+    same = content[: len(first)] == first[: len(content)]
+    require(same, f"{path}: holds something else than answers of this run; remove it or name another file.")
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = list(parse_jsonl(whole, path).values())
+    same = len(lines) <= len(problems) + 1 and all(v.items() >= p.items() for v, p in zip(lines[1:], problems))
+    require(same, f"{path}: holds answers to other problems; remove it or name another file.")
+    os.truncate(path, len(whole))
+    return lines
 
 
 # --- Views ---
@@ -626,20 +632,21 @@ def evaluate(problems, model, device, dtype, count, instruction, paper_prompt, t
     network, tokenizer = load(model, device, dtype)
     decoding = decoding.resolve(network.config)
     prompts = encode_problems(problems, tokenizer, decoding, network.config)
-    options = {"model": model} | {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
-    options = json.loads(json.dumps(options))
-    verdicts = done_before(target, problems, options) if target else []
+    options = {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
+    header = {"model": model, "options": json.loads(json.dumps(options))}
+    lines = done_before(target, problems, header) if target else []
+    verdicts = lines[1:]
     warn_of_block_size(network.config, decoding)
 
     began, start, tokens = time.perf_counter(), len(verdicts), 0
-    with open(target, "w", encoding="utf-8") if target else nullcontext() as file:
-        line = lambda record: file and (file.write(json.dumps(record, ensure_ascii=False) + "\n"), file.flush())
-        for record in [{"options": options}, *verdicts]:
-            line(record)
+    with open(target, "a", encoding="utf-8") if target else nullcontext() as file:
+        write = lambda record: file and (file.write(json.dumps(record, ensure_ascii=False) + "\n"), file.flush())
+        if not lines:
+            write(header)
         for problem, result in zip(problems[start:], in_order(network, prompts[start:], decoding, start)):
             verdicts.append(verdict(problem, result, tokenizer))
             tokens += len(result.tokens)
-            line(verdicts[-1])
+            write(verdicts[-1])
     speed = tokens / (time.perf_counter() - began) if tokens else None  # of what this run wrote
     found = scores(verdicts) | {"tokens_per_second": speed}
     click.echo(json.dumps(found | asdict(decoding) | environment()) if as_json else score_line(found))

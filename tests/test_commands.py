@@ -61,7 +61,11 @@ def test_eval_goes_on_where_it_stopped_and_repeats_byte_for_byte(tmp_path):
         assert out.read_bytes() == whole
     assert run("eval", source, "--output", out).exit_code == 0 and out.read_bytes() == whole
     other = run("eval", source, "--output", out, "--threshold", 0.5)
-    assert other.exit_code == 2 and "another run" in other.stderr and out.read_bytes() == whole
+    assert other.exit_code == 2 and "of this run" in other.stderr and out.read_bytes() == whole
+    other = run("eval", "--count", 3, "--output", out)
+    assert other.exit_code == 2 and "other problems" in other.stderr and out.read_bytes() == whole
+    out.write_text("a note without a newline")
+    assert run("eval", source, "--output", out).exit_code == 2 and out.read_text() == "a note without a newline"
 
 
 def test_eval_refuses_problems_without_an_answer(tmp_path):
