@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remake the shipped checkpoint from nothing: tokenizer, problems, autoregressive training, adaptation.
-#     bash tiny/make.sh [FOLDER]          about two hours on one core; started again, it goes on where it stopped
+#     bash tiny/make.sh [FOLDER]          about 80 minutes on one core; started again, it goes on where it stopped
 # Figures of the run that made the checkpoint stand in tiny/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
