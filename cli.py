@@ -176,6 +176,17 @@ def encode_prompt(record: dict, tokenizer: Tokenizer | None, system: str | None 
     return tokenizer.chat(messages)
 
 
+def encode_prompts(records: dict[str, dict], tokenizer, decoding: Decoding, config: Config, **how) -> list[list[int]]:
+    """Checked token ids of records by where they stand ("": nowhere). Raises InputError that says where."""
+    prompts = []
+    for place, record in records.items():
+        try:
+            prompts.append(check_prompt(encode_prompt(record, tokenizer, **how), decoding, config))
+        except InputError as error:
+            raise InputError(f"{place}: {error}" if place else str(error)) from None
+    return prompts
+
+
 def read_jsonl(path: str) -> dict[str, dict]:
     """The objects of a JSONL file ("-": standard input), by where they stand. Raises InputError for a broken line."""
     with click.open_file(path, "rb") as file:
@@ -222,9 +233,11 @@ def rates(results: list[Result], seconds: float | None = None) -> dict:
     return found | ({"seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {})
 
 
-def summary_line(tokens: int, found: dict, reason: str = "") -> str:
+def summary_line(tokens: int, found: dict) -> str:
+    """What `rates` found in words, and the finish reason where there is one."""
     line = f"{tokens} tokens in {found['forward_passes']} forward passes: {found['tokens_per_forward']:.2f} tokens per "
-    return line + f"forward, {found['tokens_per_second']:.1f} tokens/s" + (f", {reason}" if reason else "")
+    line += "forward" + (f", {found['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in found else "")
+    return line + (f", {found['finish_reason']}" if "finish_reason" in found else "")
 
 
 def environment() -> dict:
@@ -301,18 +314,13 @@ def generate(prompt, model, device, dtype, system, raw, prompt_ids, source, targ
 
     network, tokenizer = load(model, device, dtype)
     decoding = decoding.resolve(network.config)
-    prompts = []
-    for place, record in records.items():
-        try:
-            prompts.append(encode_prompt(record, tokenizer, system, raw))
-            check_prompt(prompts[-1], decoding, network.config)
-        except InputError as error:
-            raise InputError(f"{place}: {error}" if place else str(error)) from None
+    prompts = encode_prompts(records, tokenizer, decoding, network.config, system=system, raw=raw)
     warn_of_block_size(network.config, decoding)
+    live = live and tokenizer and sys.stdout.isatty()
     if source is not None:
         answer_file(network, tokenizer, list(records.values()), prompts, decoding, target)
     else:
-        answer_one(network, tokenizer, prompts[0], decoding, as_json, live and sys.stdout.isatty(), trace)
+        answer_one(network, tokenizer, prompts[0], decoding, as_json, live, trace)
 
 
 def answer_one(
@@ -328,7 +336,7 @@ def answer_one(
         click.echo(json.dumps(found | asdict(decoding), ensure_ascii=False))
     else:
         click.echo()
-        click.echo(summary_line(found["new_tokens"], found, found["finish_reason"]), err=True)
+        click.echo(summary_line(found["new_tokens"], found), err=True)
     if trace:
         page = trace_page(tokenizer, prompt, steps, result, decoding)
         replace_file(Path(trace), partial(Path.write_text, data=page, encoding="utf-8"))
@@ -423,15 +431,16 @@ def normalised(answer: str) -> str:
     return str(int(value)) if value == int(value) else str(value)
 
 
-def read_problems(path: str | None, count: int | None, instruction: str) -> list[dict]:
-    """Problems as {"messages", "expected"}: of a JSONL file, or the shipped held-out set."""
+def read_problems(path: str | None, count: int | None, instruction: str) -> dict[str, dict]:
+    """Problems {"messages", "expected"} by where they stand: of a JSONL file, or the shipped held-out set."""
     if path is None:
         from tiny.problems import problems  # lies beside this file
 
-        records = dict(enumerate(itertools.islice(problems("heldout", 0), count or 1000)))
+        shipped = itertools.islice(problems("heldout", 0), count or 1000)
+        records = {f"problem {number}": problem for number, problem in enumerate(shipped, 1)}
     else:
         records = dict(itertools.islice(read_jsonl(path).items(), count))
-    found = []
+    found = {}
     for place, record in records.items():
         messages, answer = record.get("messages"), record.get("answer")
         if isinstance(record.get("question"), str):
@@ -439,18 +448,8 @@ def read_problems(path: str | None, count: int | None, instruction: str) -> list
         expected = final_answer(answer) if isinstance(answer, str) else None
         good = isinstance(messages, list) and messages and expected is not None
         require(good, f"{place}: needs `question` or `messages`, and an `answer` with a number, #### or \\boxed{{}}.")
-        found.append({"messages": messages, "expected": expected})
+        found[place] = {"messages": messages, "expected": expected}
     return found
-
-
-def encode_problems(problems: list[dict], tokenizer: Tokenizer | None, decoding: Decoding, config) -> list[list[int]]:
-    prompts = []
-    for number, problem in enumerate(problems, 1):
-        try:
-            prompts.append(check_prompt(encode_prompt(problem, tokenizer), decoding, config))
-        except InputError as error:
-            raise InputError(f"problem {number}: {error}") from None
-    return prompts
 
 
 def verdict(problem: dict, result: Result, tokenizer: Tokenizer) -> dict:
@@ -554,9 +553,7 @@ def watch(tokenizer: Tokenizer, steps: Iterable[Pass], begin: int, mask: int, sh
     plain = "NO_COLOR" in os.environ
     tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
     for number, step in enumerate(steps):
-        if step.kind != "prefill" and step.start + len(step.tokens) > begin:
-            block = {step.start + i: token for i, token in enumerate(step.tokens)}
-            tokens += [mask] * (max(block) + 1 - begin - len(tokens))
+        tokens += [mask] * (step.start + len(step.tokens) - begin - len(tokens))  # a new block
         for kept in step.revealed:
             tokens += [mask] * (kept.position + 1 - begin - len(tokens))
             tokens[kept.position - begin] = kept.token
@@ -596,12 +593,10 @@ def trace_page(tokenizer: Tokenizer | None, prompt, steps: list[Pass], result: R
         runner_up = {"text": text_of([other])[0], "confidence": probability}
         fields = {"position": kept.position, "text": text, "pass": number, "confidence": kept.confidence}
         tokens.append(fields | {"runner_up": runner_up})
-    counts = rates([result])
     data = {
         "title": "How the answer was written",
         "prompt": tokenizer.decode(prompt, skip_special_tokens=False) if tokenizer else " ".join(map(str, prompt)),
-        "summary": f"{len(tokens)} tokens in {counts['forward_passes']} forward passes: "
-        f"{counts['tokens_per_forward']:.2f} tokens per forward, {result.finish_reason or 'interrupted'}",
+        "summary": summary_line(len(tokens), report(result, prompt, tokenizer)),
         "options": {name: getattr(decoding, name) for name in HELP if name != "batch_size"},
         "passes": [{"kind": s.kind, "start": s.start, "stop": s.start + len(s.tokens)} for s in steps],
         "tokens": tokens,
@@ -631,7 +626,8 @@ def evaluate(problems, model, device, dtype, count, instruction, paper_prompt, t
     problems = read_problems(problems, count, "\n" + PAPER_PROMPT if paper_prompt else instruction)
     network, tokenizer = load(model, device, dtype)
     decoding = decoding.resolve(network.config)
-    prompts = encode_problems(problems, tokenizer, decoding, network.config)
+    prompts = encode_prompts(problems, tokenizer, decoding, network.config)
+    problems = list(problems.values())
     options = {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
     header = {"model": model, "options": json.loads(json.dumps(options))}
     lines = done_before(target, problems, header) if target else []
@@ -690,10 +686,11 @@ def sweep(
     network, tokenizer = load(model, device, dtype)
     choices = [Decoding(block_size=1, **knobs).resolve(network.config)]
     for size, sub, cache in itertools.product(block_sizes or [network.config.block_size], sub_block_sizes, caches):
-        if size > 1 and size % sub == 0:
+        if size > 1 and sub > 0 and size % sub == 0:
             choices += [Decoding(size, sub, t, cache, **knobs).resolve(network.config) for t in thresholds]
     require(len(choices) > 1, "No sub-block size divides a block size above 1; choose others.")
-    prompts = encode_problems(problems, tokenizer, choices[0], network.config)
+    prompts = encode_prompts(problems, tokenizer, choices[0], network.config)
+    problems = list(problems.values())
     rows = []
     for decoding in tqdm(choices, unit="row"):
         rows.append(measured(network, tokenizer, problems, prompts, decoding))

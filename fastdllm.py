@@ -379,7 +379,7 @@ class Pass:
     start: int  # the window is [start, start + len(tokens))
     tokens: list[int]  # its input, masks included
     guessed: list[int]  # positions guessed, position i from the output at i - 1 (token shift)
-    draws: Tensor  # a uniform number for each of them
+    draws: Tensor  # a uniform number for each of them, at temperatures above 0
     row: int = 0  # the prompt's index
     revealed: list[Revealed] = field(default_factory=list)
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
@@ -405,7 +405,8 @@ def sequence(
     def run(kind, start, stop, guessed):
         """One pass, and the guesses that it reveals; true when the answer is complete."""
         nonlocal final
-        step = Pass(kind, start, tokens[start:stop], guessed, torch.rand(len(guessed), generator=generator))
+        draws = torch.rand(len(guessed) if decoding.temperature else 0, generator=generator)
+        step = Pass(kind, start, tokens[start:stop], guessed, draws)
         guesses = yield step
         if guessed:
             for i in accept([confidence for _, confidence, _ in guesses], threshold):
@@ -877,7 +878,7 @@ def load(
     files = {}
     for file in shards(folder):
         with open_weights(folder / file) as weights:
-            for name in weights.keys():  # noqa: SIM118 - no dict
+            for name in weights.keys():
                 files[name] = file
                 shape, wanted = weights.get_slice(name).get_shape(), expected.get(name)
                 ok = wanted in (None, shape)

@@ -11,9 +11,9 @@ import time
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
-from problems import final_answer
 
 import cli
+from cli import final_answer
 from fastdllm import Decoding, generate, load
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"

@@ -96,6 +96,12 @@ def test_sweep_marks_what_nothing_else_beats_and_recommends():
     assert len(table) == 4 and table[-1].startswith("Within 1 points of AR, the fastest is ")
 
 
+def test_sweep_refuses_sizes_that_fit_nothing():
+    for sizes in ("0", "5"):
+        result = run("sweep", "--count", 1, "--sub-block-sizes", sizes)
+        assert result.exit_code == 2 and "No sub-block size divides" in result.stderr
+
+
 # --- info ---
 
 

@@ -8,7 +8,9 @@ from itertools import islice
 
 import pytest
 from conftest import ROOT
-from problems import LARGEST, final_answer, held_out, problems
+from problems import LARGEST, held_out, problems
+
+from cli import final_answer
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

@@ -66,30 +66,31 @@ def start_groups(s):
     s.answer.append(f"In the {box} there are {s.compute('*', each)} {s.things}.")
 
 
+def change(s, operator, n, ways):
+    """Tell one of the ways in which the number in hand changes by n, and work it out."""
+    said, done = s.rng.choice(ways)
+    s.question.append(said)
+    s.answer.append(f"{done}, {s.name} has {s.compute(operator, n)} {s.things}.")
+
+
 def gain(s):
     n = s.rng.randint(2, min(30, LARGEST - s.total))
-    said, done = s.rng.choice(
-        [
-            (f"{s.pronoun} buys {n} more.", f"After buying {n} more"),
-            (f"{s.pronoun} finds {n} more.", f"After finding {n} more"),
-            (f"{s.friend} gives {s.name} {n} more.", f"After {s.friend} gives {n} more"),
-        ]
-    )
-    s.question.append(said)
-    s.answer.append(f"{done}, {s.name} has {s.compute('+', n)} {s.things}.")
+    ways = [
+        (f"{s.pronoun} buys {n} more.", f"After buying {n} more"),
+        (f"{s.pronoun} finds {n} more.", f"After finding {n} more"),
+        (f"{s.friend} gives {s.name} {n} more.", f"After {s.friend} gives {n} more"),
+    ]
+    change(s, "+", n, ways)
 
 
 def lose(s):
     n = s.rng.randint(2, min(30, s.total - 2))
-    said, done = s.rng.choice(
-        [
-            (f"{s.pronoun} loses {n} of them.", f"After losing {n}"),
-            (f"{s.pronoun} sells {n} of them.", f"After selling {n}"),
-            (f"{s.pronoun} gives {n} of them to {s.friend}.", f"After giving {n} to {s.friend}"),
-        ]
-    )
-    s.question.append(said)
-    s.answer.append(f"{done}, {s.name} has {s.compute('-', n)} {s.things}.")
+    ways = [
+        (f"{s.pronoun} loses {n} of them.", f"After losing {n}"),
+        (f"{s.pronoun} sells {n} of them.", f"After selling {n}"),
+        (f"{s.pronoun} gives {n} of them to {s.friend}.", f"After giving {n} to {s.friend}"),
+    ]
+    change(s, "-", n, ways)
 
 
 def ask_now(s):
@@ -157,12 +158,6 @@ def problems(split, seed):
         skeleton, question, answer = tell(rng)
         if held_out(skeleton) == (split == "heldout"):
             yield {"question": question, "answer": answer}
-
-
-def final_answer(text):
-    """What stands after the last marker, or None."""
-    _, marker, last = text.rpartition(MARKER)
-    return last.strip() if marker else None
 
 
 @click.command(help=__doc__)
