@@ -641,9 +641,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def chat(self, messages: Sequence[dict]) -> list[int]:
-        """ChatML of messages with `role` and `content`, up to where the assistant's turn begins."""
-        if self.system is not None and (not messages or messages[0]["role"] != "system"):
+    def chat(self, messages: Sequence[dict], system: bool = True) -> list[int]:
+        """ChatML of messages with `role` and `content`, up to where the assistant's turn begins.
+
+        Without a system message the default one comes first, unless `system` is false: the middle of a conversation.
+        """
+        if system and self.system is not None and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
         return self.encode(text + "<|im_start|>assistant\n")

@@ -1,32 +1,55 @@
 """Turn an autoregressive Qwen2 into a block-diffusion model: the training recipe of Fast-dLLM v2 (paper, section 3).
 
+    python train.py show                                                        # a packed, masked example, to be read
     python train.py ar --model FOLDER --data problems.jsonl --out parent        # ordinary next-token training
     python train.py adapt --model parent --data problems.jsonl --out adapted    # complementary masks and token shift
+    torchrun --nproc-per-node 8 train.py adapt --preset 1.5b --model ... --data ... --out ...   # on several devices
 
-Data is JSONL with `messages`, or `question` and `answer`, a line; trainable is what the assistant wrote. A run that
-was stopped goes on where its last state was saved, when it is started again with the same command.
+Data is JSONL with `messages` (or `question` and `answer`; trainable is what the assistant wrote) or `text`. A run that
+was stopped, however it was, goes on from its last checkpoint when it is started again with the same command.
 
-Shapes: B rows, L positions of a row, N masked targets. An input of the network is the noisy views of a row, followed by
-its clean copy: [view 1 ; view 2 ; clean], 3L tokens, all parts at positions 0..L-1.
+Shapes: B rows, L positions of a row, T positions of an input, N targets, D hidden size. A row is packed with whole
+documents. An input is the noisy views of a row followed by its clean copy, [view 1 ; view 2 ; clean], T = 3L.
 """
 
+import hashlib
 import json
 import math
+import os
+import shutil
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from functools import cache, partial, wraps
+from itertools import islice
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch import Tensor
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from fastdllm import (
-    CAUSAL,
     DTYPES,
     InputError,
     Qwen2,
@@ -35,6 +58,7 @@ from fastdllm import (
     load_tokenizer,
     pick_device,
     read_config,
+    read_json,
     replace_file,
     require,
     round_up,
@@ -44,54 +68,105 @@ from fastdllm import (
 # --- Mask ---
 
 
-def training_mask(length: int, block_size: int, views: int = 1, device: str | None = None) -> Tensor:
-    """May a query see a key, in [noisy views ; clean]? Bool, square, (views + 1) * length a side (paper, section 3).
+def visibility(length: int, block_size: int, views: int, documents: Tensor | None = None) -> Callable:
+    """The mask's one definition: `sees(row, head, query, key)` of indices in [noisy views ; clean] (paper, section 3).
 
     A noisy query sees its own block of its own view, and the clean blocks before it; a clean query sees the clean
-    blocks up to its own; nothing clean sees anything noisy.
+    blocks up to its own; nothing clean sees anything noisy. With `documents` (B, L), numbers that differ between the
+    documents of a row, nothing sees another document. Without noisy views and with block size 1 it is the causal mask.
     """
+
+    def sees(row, head, query, key):
+        query_part, query_at, key_part, key_at = query // length, query % length, key // length, key % length
+        query_block, key_block = query_at // block_size, key_at // block_size
+        own_block = (query_part == key_part) & (query_block == key_block)
+        earlier_clean = (key_part == views) & (query_block > key_block)
+        seen = own_block | earlier_clean
+        return seen if documents is None else seen & (documents[row, query_at] == documents[row, key_at])
+
+    return sees
+
+
+def training_mask(
+    length: int, block_size: int, views: int = 1, documents: Tensor | None = None, device: str | None = None
+) -> Tensor:
+    """`visibility` written out, bool, (side, side) or with documents (B, side, side); side is (views + 1) * length."""
     index = torch.arange((views + 1) * length, device=device)
-    part, block = index // length, index % length // block_size
-    query_part, query_block, clean = part[:, None], block[:, None], part == views
-    own_block = (query_part == part) & (query_block == block)
-    earlier_clean = clean & (query_block > block)
-    return own_block | earlier_clean
+    row = None if documents is None else torch.arange(len(documents), device=device)[:, None, None]
+    return visibility(length, block_size, views, documents)(row, None, index[:, None], index)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attention` written out. In bfloat16 on a CPU its backward pass is 5 times as fast as the fused kernel's."""
+    """`attention` written out; mask (B or 1, T, S). On CPUs its bfloat16 backward is 5 times as fast as the kernel."""
     B, H, T, d = q.shape
-    groups = H // k.shape[1]  # query heads of one key head are more rows of the same product
-    scores = (q.reshape(B, -1, groups * T, d) @ k.transpose(2, 3)).float() * d**-0.5
+    K = k.shape[1]  # query heads of one key head are more rows of the same product
+    scores = ((q * d**-0.5).reshape(B, K, -1, d) @ k.transpose(2, 3)).float()
     if mask is not None:
-        scores = scores.masked_fill(~mask.repeat(groups, 1), -torch.inf)
+        scores = scores.view(B, K, -1, *mask.shape[1:]).masked_fill(~mask[:, None, None], -torch.inf).view_as(scores)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, T, d)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`plain_attention` with the causal mask."""
-    return plain_attention(q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril())
+def blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, length: int, block_size: int, views: int
+) -> Tensor:
+    """What `training_mask` allows, computed block by block, so that hardly a query meets a key that it may not see.
 
-
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, length: int, block_size: int, views: int) -> Tensor:
-    """What `training_mask` allows, computed block by block, so that no query meets a key it may not see.
-
-    Shapes as in `attention`. With n blocks it does about (n + 2) / (2 n + 2) / (views + 1) of the dense mask's work.
+    `seen` (B or 1, L, L) is the clean copy's own mask, None where blocks alone decide: a noisy query sees what a clean
+    one sees, with its own view's block in place of the clean one. With n blocks it does about
+    (n + 2) / (2 n + 2) / (views + 1) of the dense mask's work.
     """
     fold = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)  # views into rows
-    noisy_q, noisy_k, noisy_v = fold(q), fold(k), fold(v)  # (B * views, heads, L, d)
+    noisy_q, noisy_k, noisy_v = (fold(x) if views else None for x in (q, k, v))  # (B * views, heads, L, d)
     clean_q, clean_k, clean_v = (x[:, :, -length:] for x in (q, k, v))
     noisy, clean = [], []
     for start in range(0, length, block_size):
         own, end = slice(start, start + block_size), start + block_size
-        keys, values = (
-            torch.cat([part[:, :, own], whole[:, :, :start].repeat_interleave(views, dim=0)], dim=2)
-            for part, whole in ((noisy_k, clean_k), (noisy_v, clean_v))
-        )
-        noisy.append(plain_attention(noisy_q[:, :, own], keys, values))
-        clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end]))
-    unfolded = torch.cat(noisy, dim=2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([unfolded, *clean], dim=2)
+        mask = None if seen is None else seen[:, own, :end]
+        clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end], mask))
+        if views:
+            keys, values = (
+                torch.cat([whole[:, :, :start].repeat_interleave(views, dim=0), part[:, :, own]], dim=2)
+                for part, whole in ((noisy_k, clean_k), (noisy_v, clean_v))
+            )
+            mask = None if mask is None else mask.repeat_interleave(views, dim=0) if len(mask) > 1 else mask
+            noisy.append(plain_attention(noisy_q[:, :, own], keys, values, mask))
+    if views:
+        clean.insert(0, torch.cat(noisy, dim=2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2, 3))
+    return torch.cat(clean, dim=2)
+
+
+@cache
+def compiled_flex() -> Callable:
+    return torch.compile(flex_attention)
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
+    """FlexAttention: tiles of the mask in which nothing is seen are skipped."""
+    kernel = compiled_flex() if q.is_cuda else flex_attention  # not compiled it is a dense reference
+    return kernel(q.to(v.dtype), k.to(v.dtype), v, block_mask=block_mask, enable_gqa=True)
+
+
+def training_attention(
+    kind: str, length: int, block_size: int, views: int, documents: Tensor | None, device: torch.device
+) -> Tensor | Callable:
+    """The mask argument of `Qwen2.forward`: what `visibility` says, in one of three ways.
+
+    dense: one masked product, the reference; blockwise: written out block by block, fast on CPUs; sparse:
+    FlexAttention, fast on CUDA; auto: the fast one.
+    """
+    if kind == "auto":
+        kind = {"cpu": "blockwise", "cuda": "sparse"}.get(device.type, "dense")
+    if kind == "sparse":
+        rows, side = None if documents is None else len(documents), (views + 1) * length
+        sees = visibility(length, block_size, views, documents)
+        return partial(sparse_attention, block_mask=create_block_mask(sees, rows, None, side, side, device=device))
+    dense = partial(training_mask, length, block_size, documents=documents, device=device)
+    if kind == "dense":
+        return dense(views) if documents is None else dense(views)[:, None]
+    chunk = block_size if views else max(block_size, min(length, 32))  # without views blocks matter to the mask alone
+    chunk = chunk if length % chunk == 0 else length
+    seen = None if documents is None and chunk == block_size else dense(0).view(-1, length, length)
+    return partial(blockwise_attention, seen=seen, length=length, block_size=chunk, views=views)
 
 
 # --- Noise ---
@@ -111,121 +186,513 @@ def complementary_noise(trainable: Tensor, block_size: int, generator: torch.Gen
 # --- Loss ---
 
 
+def positions_of(documents: Tensor) -> Tensor:
+    """Positions (B, L) that start at 0 in each document of a row."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - (index * first).cummax(dim=1).values
+
+
+def targets_of(trainable: Tensor, documents: Tensor | None) -> Tensor:
+    """Which positions (B, L) have an output before them that may answer for them: not the first of a document."""
+    first = torch.zeros_like(trainable)
+    first[:, 0] = True
+    if documents is not None:
+        first[:, 1:] |= documents[:, 1:] != documents[:, :-1]
+    return trainable & ~first
+
+
+def diffusion_outputs(
+    model: Qwen2,
+    tokens: Tensor,
+    trainable: Tensor,
+    masked: Tensor,
+    documents: Tensor | None = None,
+    block_size: int | None = None,
+    complement: bool = True,
+    attention: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) and the tokens (N) they answer for: the outputs before the masked positions of all views."""
+    size, mask_id = block_size or model.config.block_size, model.config.mask_token_id
+    B, L = tokens.shape
+    require(mask_id is not None, "The model has no mask token; give its config a mask_token_id inside the embedding.")
+    ok = L % size == 0
+    require(ok, f"The rows have {L} positions, no multiple of the block size {size}; pad them with masks.")
+    views = torch.stack([masked, trainable & ~masked] if complement else [masked], dim=1)  # (B, views, L)
+    noisy = tokens[:, None].masked_fill(views, mask_id).flatten(1)  # (B, views * L)
+    index = torch.arange(L, device=tokens.device)[None] if documents is None else positions_of(documents)
+    count = views.shape[1]
+    mask = training_attention(attention, L, size, count, documents, tokens.device)
+    hidden = model(torch.cat([noisy, tokens], dim=1), index.repeat(1, count + 1), mask)
+    # token shift: the output at i answers for the token at i + 1
+    wanted = (views & targets_of(trainable, documents)[:, None])[:, :, 1:]
+    rows = hidden[:, : count * L].unflatten(1, (count, L))[:, :, :-1][wanted]
+    return rows, tokens[:, None].expand_as(views)[:, :, 1:][wanted]
+
+
+def causal_outputs(
+    model: Qwen2, tokens: Tensor, trainable: Tensor, documents: Tensor | None = None, attention: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) and the tokens (N) they answer for, of ordinary next-token prediction."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)[None] if documents is None else positions_of(documents)
+    mask = training_attention(attention, tokens.shape[1], 1, 0, documents, tokens.device)
+    wanted = targets_of(trainable, documents)[:, 1:]
+    return model(tokens, index, mask)[:, :-1][wanted], tokens[:, 1:][wanted]
+
+
+def score(model: Qwen2, hidden: Tensor, targets: Tensor, largest: int = 2**26) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropies in float32, and number of right guesses, of hidden (N, D) against token ids (N).
+
+    Only target rows reach the head, and never more than `largest` logits are there at once: where that takes several
+    chunks, the backward pass computes each anew.
+    """
+
+    def chunk(hidden, targets):
+        logits = model.logits(hidden).float()
+        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+
+    rows = max(1, largest // model.config.vocab_size)
+    if len(targets) <= rows:
+        return chunk(hidden, targets)
+    parts = [checkpoint(chunk, *part, use_reentrant=False) for part in zip(hidden.split(rows), targets.split(rows))]
+    return tuple(sum(column) for column in zip(*parts))
+
+
 def training_loss(
     model: Qwen2,
     tokens: Tensor,
     trainable: Tensor,
     block_size: int | None = None,
     masked: Tensor | None = None,
-    dense: bool | None = None,
+    documents: Tensor | None = None,
+    complement: bool = True,
+    attention: str = "auto",
 ) -> Tensor:
     """The adaptation's loss, a scalar: token-shifted cross entropy of complementary views (paper, section 3).
 
     tokens (B, L) and trainable (B, L) bool, L a multiple of the block size (default: the checkpoint's). Output i
-    predicts the token at i + 1 where that is masked, so position 0 is never a target; the sum over both views is
-    divided by the number of targets. `masked` (B, L) bool fixes what view 1 masks, which is drawn otherwise.
-    One clean copy serves both views, so a row costs 3L tokens. `dense` chooses between one masked attention and
-    attention block by block (default: the latter on the CPU, where it is faster). Inputs are left as they are.
-    Raises InputError for a length that is no multiple of the block, or a model without a mask token.
+    predicts the token at i + 1 where that is masked, so a document's first position is never a target; the sum over
+    both views is divided by the number of targets. `masked` (B, L) bool fixes what view 1 masks, which is drawn
+    otherwise; `documents` (B, L) numbers the documents of a row, which begin on block boundaries and know nothing of
+    each other (default: one); without `complement` there is no view 2. One clean copy serves both views, so a row costs
+    3L tokens. Inputs are left as they are. Raises InputError for a length that is no multiple of the block, or a model
+    without a mask token.
     """
-    size, mask_id = block_size or model.config.block_size, model.config.mask_token_id
-    B, L = tokens.shape
-    if mask_id is None:
-        raise InputError("The model has no mask token; give its config a mask_token_id inside the embedding.")
-    if L % size:
-        raise InputError(f"The rows have {L} positions, no multiple of the block size {size}; pad them with masks.")
-    masked = complementary_noise(trainable, size) if masked is None else masked & trainable
-    views = torch.stack([masked, trainable & ~masked], dim=1)  # (B, 2, L)
-    noisy = tokens[:, None].masked_fill(views, mask_id).flatten(1)  # (B, 2L)
-    dense = tokens.device.type != "cpu" if dense is None else dense
-    mask = (
-        training_mask(L, size, 2, tokens.device)
-        if dense
-        else partial(blockwise_attention, length=L, block_size=size, views=2)
-    )
-    hidden = model(torch.cat([noisy, tokens], dim=1), torch.arange(L, device=tokens.device).repeat(3)[None], mask)
-    # token shift: the output at i answers for the token at i + 1
-    targets = tokens[:, None].expand_as(views)[:, :, 1:][views[:, :, 1:]]  # (N)
-    rows = hidden[:, : 2 * L].unflatten(1, (2, L))[:, :, :-1][views[:, :, 1:]]  # (N, D)
-    return cross_entropy(model, rows, targets)
+    size = block_size or model.config.block_size
+    if masked is None and tokens.shape[1] % size == 0:
+        masked = complementary_noise(trainable, size)
+    masked = trainable if masked is None else masked & trainable
+    outputs = diffusion_outputs(model, tokens, trainable, masked, documents, size, complement, attention)
+    return score(model, *outputs)[0] / max(len(outputs[1]), 1)
 
 
-def causal_loss(model: Qwen2, tokens: Tensor, trainable: Tensor) -> Tensor:
-    """Ordinary next-token loss over the trainable tokens, a scalar; shapes as in `training_loss`."""
-    mask = causal_attention if tokens.device.type == "cpu" else CAUSAL
-    hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], mask)
-    return cross_entropy(model, hidden[:, :-1][trainable[:, 1:]], tokens[:, 1:][trainable[:, 1:]])
-
-
-def cross_entropy(model: Qwen2, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in float32 of hidden states (N, D) against token ids (N); only target rows reach the head."""
-    return F.cross_entropy(model.logits(hidden).float(), targets, reduction="sum") / max(len(targets), 1)
+def causal_loss(model: Qwen2, tokens: Tensor, trainable: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Mean next-token cross entropy over the trainable tokens, a scalar; arguments as in `training_loss`."""
+    outputs = causal_outputs(model, tokens, trainable, documents)
+    return score(model, *outputs)[0] / max(len(outputs[1]), 1)
 
 
 # --- Data ---
 
 
-def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids and which of them are trainable, of each line of a JSONL file. Raises InputError naming the line."""
-    with open(path, encoding="utf-8") as file:
+def chat_document(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """ChatML of a conversation through its last answer; trainable is what the assistant wrote, with end and newline."""
+    tokens, trainable = [], []
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    for before, turn in zip([-1, *answers], answers):
+        # every turn begins with a special token, so that the pieces' tokens are those of the whole text
+        prompt = tokenizer.chat(messages[before + 1 : turn], system=before < 0)
+        answer = tokenizer.encode(f"{messages[turn]['content']}<|im_end|>\n")
+        tokens += prompt + answer
+        trainable += [False] * len(prompt) + [True] * len(answer)
+    return tokens, trainable
+
+
+def read_documents(
+    path: Path, tokenizer: Tokenizer, broken: str = "refuse", progress: Callable = lambda size: None
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids and which of them are trainable, of each line of a JSONL file; `progress` is told each line's bytes.
+
+    A broken line raises InputError naming it, or where `broken` is "skip", is named on standard error and left out.
+    """
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            progress(len(line))
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                if "question" in record:
-                    roles = ("user", record["question"]), ("assistant", record["answer"])
-                    record = {"messages": [{"role": role, "content": content} for role, content in roles]}
-                document = chat_document(record["messages"], tokenizer)
-                require(any(document[1]), f"{path}, line {number}: nothing of it is an assistant's, so nothing trains.")
-                yield document
-            except InputError:
-                raise
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: not a JSON object with messages ({error!r}).") from None
+                if "text" in record:
+                    tokens = tokenizer.encode(record["text"]) + [tokenizer.id("<|endoftext|>")]
+                    tokens = tokens if tokens[-1] is not None else tokens[:-1]
+                    document = tokens, [True] * len(tokens)
+                else:
+                    roles = ("user", "question"), ("assistant", "answer")
+                    messages = record.get("messages") or [{"role": r, "content": record[key]} for r, key in roles]
+                    document = chat_document(messages, tokenizer)
+                require(any(document[1]), "nothing of it is an assistant's, so nothing trains")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = error if isinstance(error, InputError) else f"no JSON object with messages or text ({error!r})"
+                require(broken == "skip", f"{path}, line {number}: {reason}; --broken skip leaves such lines out.")
+                print(f"{path}, line {number}: {reason}; skipped", file=sys.stderr)
+                continue
+            yield document
 
 
-def chat_document(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """ChatML of a conversation; trainable is what the assistant wrote, with its end token and newline."""
-    tokens, trainable = [], []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = tokenizer.chat(messages[:turn])
-            answer = tokenizer.encode(f"{message['content']}<|im_end|>\n")
-            trainable += [False] * (len(prompt) - len(tokens)) + [True] * len(answer)
-            tokens = prompt + answer
-    return tokens, trainable
+class Corpus:
+    """Tokenised documents: all tokens in a row, which of them are trainable, and where each document begins."""
+
+    def __init__(self, tokens: np.ndarray, trainable: np.ndarray, offsets: np.ndarray):
+        self.tokens, self.trainable, self.offsets = tokens, trainable, offsets
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """From files that stay on disk, mapped into memory."""
+        mapped = partial(np.memmap, mode="r")
+        tokens = mapped(folder / "tokens.bin", dtype=json.loads((folder / "meta.json").read_text())["dtype"])
+        return cls(tokens, mapped(folder / "trainable.bin", dtype=bool), np.load(folder / "offsets.npy"))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def piece(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and trainable of [start, stop) of a document, or of as much of it as there is."""
+        low, end = self.offsets[document : document + 2]
+        where = slice(low + start, min(low + stop, end))
+        return self.tokens[where], self.trainable[where]
+
+    @classmethod
+    def prepare(cls, data: Path, tokenizer: Tokenizer, folder: Path, broken: str = "refuse") -> "Corpus":
+        """Of a folder that was prepared before, or of a JSONL file, tokenised into `folder` unless that was done.
+
+        Raises InputError for broken lines, for data without documents, and for tokens of another tokenizer.
+        """
+        name = hashlib.sha256(f"{tokenizer.system} {tokenizer.encoder.to_str()}".encode()).hexdigest()[:16]
+        if data.is_dir():
+            meta = read_json(data / "meta.json")
+            require(meta["tokenizer"] == name, f"{data}: was tokenised with another tokenizer; tokenise it anew.")
+            return cls.open(data)
+        status, dtype = data.stat(), "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        made_of = {"source": str(data.resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns}
+        made_of |= {"tokenizer": name, "dtype": dtype, "broken": broken}
+        if (folder / "meta.json").is_file() and made_of.items() <= read_json(folder / "meta.json").items():
+            return cls.open(folder)
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        offsets = [0]
+        bar = tqdm(total=status.st_size, desc=f"tokenising {data.name}", unit="B", unit_scale=True)
+        try:
+            part.mkdir(parents=True)
+            with open(part / "tokens.bin", "wb") as ids, open(part / "trainable.bin", "wb") as flags, bar:
+                for tokens, trainable in read_documents(data, tokenizer, broken, bar.update):
+                    ids.write(np.array(tokens, dtype).tobytes())
+                    flags.write(np.array(trainable, bool).tobytes())
+                    offsets.append(offsets[-1] + len(tokens))
+            require(len(offsets) > 1, f"{data}: holds no documents.")
+            np.save(part / "offsets.npy", np.array(offsets, np.int64))
+            made_of |= {"documents": len(offsets) - 1, "tokens": offsets[-1]}
+            (part / "meta.json").write_text(json.dumps(made_of, indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return cls.open(folder)
 
 
-def batches(lengths: list[int], rows: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of document indices, each batch of one length: each document once an epoch, in a seeded order."""
+# --- Packing ---
+
+PACKINGS = {
+    "documents": "padded to whole blocks, whole where they fit, and kept apart",
+    "original": "padded, always by at least one token, cut where a row ends, and seen by each other",
+    "concatenated": "the same without padding",
+}
+Piece = tuple[int, int, int]  # a document, and [start, stop) of it; what lies beyond its end is padding
+
+
+def pack(
+    lengths: np.ndarray, seq_len: int, block_size: int, packing: str, rng: np.random.Generator
+) -> list[list[Piece]]:
+    """Each document once, in rows of at most `seq_len` positions, in a random order; see PACKINGS for the ways.
+
+    "documents" puts each document into the fullest row that has room for it; only one that is longer than a row is
+    cut, into rows of its own. The other two drop the last, incomplete row.
+    """
+    rows, order = [], rng.permutation(len(lengths)).tolist()
+    if packing == "documents":
+        room, sizes = defaultdict(list), 0  # free positions -> rows; and which keys have rows, as bits
+        for document in order:
+            for start in range(0, lengths[document], seq_len):
+                need = round_up(int(min(lengths[document] - start, seq_len)), block_size)
+                if fits := sizes >> need:
+                    free = need + (fits & -fits).bit_length() - 1
+                    row = room[free].pop()
+                    sizes &= ~(1 << free) if not room[free] else -1
+                else:
+                    free, row = seq_len, []
+                    rows.append(row)
+                row.append((document, start, start + need))
+                if free > need:
+                    room[free - need].append(row)
+                    sizes |= 1 << (free - need)
+        return [rows[i] for i in rng.permutation(len(rows))]
+    row, filled = [], 0
+    for document in order:
+        length = int(lengths[document])
+        whole = length // block_size * block_size + block_size if packing == "original" else length
+        start = 0
+        while start < whole:
+            stop = min(whole, start + seq_len - filled)
+            row.append((document, start, stop))
+            start, filled = stop, filled + stop - start
+            if filled == seq_len:
+                rows.append(row)
+                row, filled = [], 0
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def endless_rows(lengths: np.ndarray, *how, seed: int) -> Iterator[list[Piece]]:
+    """Packed rows, epoch after epoch: a function of the arguments alone."""
     epoch = 0
     while True:
-        rng = np.random.default_rng([seed, epoch])
-        groups = {}
-        for i in rng.permutation(len(lengths)):
-            groups.setdefault(lengths[i], []).append(i)
-        chunks = [group[i : i + rows] for group in groups.values() for i in range(0, len(group), rows)]
-        yield from (chunks[i] for i in rng.permutation(len(chunks)))
+        rows = pack(lengths, *how, np.random.default_rng([seed, epoch]))
+        require(rows, f"The data does not fill one row of {how[0]} positions; give more of it, or a lower --seq-len.")
+        yield from rows
         epoch += 1
+
+
+@dataclass
+class Batch:
+    """Rows of the network's input, each (B, L)."""
+
+    tokens: Tensor
+    trainable: Tensor
+    documents: Tensor | None  # numbers of the documents of a row; None: a row is one
+    masked: Tensor | None = None  # what view 1 masks
+
+    def to(self, device) -> "Batch":
+        move = lambda x: None if x is None else x.to(device, non_blocking=True)
+        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
+
+    def split(self, rows: int) -> list["Batch"]:
+        parts = [(x.split(rows) if x is not None else None) for x in (getattr(self, f.name) for f in fields(self))]
+        return [Batch(*(p[i] if p else None for p in parts)) for i in range(len(parts[0]))]
+
+
+def lay_out(corpus: Corpus, rows: list[list[Piece]], seq_len: int, pad: int, apart: bool) -> Batch:
+    """The rows' tokens; what no document fills is padding, which does not train."""
+    shape = len(rows), seq_len
+    tokens, trainable, documents = np.full(shape, pad, np.int64), np.zeros(shape, bool), np.zeros(shape, np.int32)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, (document, start, stop) in enumerate(row, 1):
+            ids, flags = corpus.piece(document, start, stop)
+            tokens[r, at : at + len(ids)], trainable[r, at : at + len(ids)] = ids, flags
+            documents[r, at : at + stop - start] = number
+            at += stop - start
+    tensors = map(torch.from_numpy, (tokens, trainable, documents))
+    return Batch(*tensors) if apart else Batch(*islice(tensors, 2), None)
+
+
+def draw_noise(batch: Batch, block_size: int, *seeds: list[int]) -> None:
+    """View 1's masks, each row's from seeds of its own, so that they do not depend on who runs the row."""
+    generators = [torch.Generator().manual_seed(int(np.random.default_rng(s).integers(2**63))) for s in seeds]
+    rows = [complementary_noise(row[None], block_size, g) for row, g in zip(batch.trainable, generators)]
+    batch.masked = torch.cat(rows)
+
+
+# --- Devices ---
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """Sums over all processes."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def in_turn() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def processes(device: str) -> Iterator[str]:
+    """This process's device, among those that `torchrun` started."""
+    device = pick_device(device)
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # the others wait while the first one tokenises
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+class Objective(nn.Module):
+    """Model and losses as one module: its forward pass is all that has gradients, as DDP and FSDP ask for."""
+
+    def __init__(self, model: Qwen2, complement: bool, compute: torch.dtype):
+        super().__init__()
+        self.model, self.complement, self.compute = model, complement, compute
+
+    def forward(self, kind: str, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Sum of the cross entropies, right guesses, and number of targets; kind is diffusion or ar."""
+        model, data = self.model, (batch.tokens, batch.trainable)
+        with torch.autocast(batch.tokens.device.type, self.compute, enabled=self.compute != torch.float32):
+            if kind == "ar":
+                hidden, targets = causal_outputs(model, *data, batch.documents)
+            else:
+                hidden, targets = diffusion_outputs(
+                    model, *data, batch.masked, batch.documents, complement=self.complement
+                )
+            return *score(model, hidden, targets), len(targets)
+
+
+def distribute(objective: Objective, parallel: str, recompute: bool) -> nn.Module:
+    """As each process runs it: DDP, each with all weights, or FSDP2, each with its share of weights and optimiser.
+
+    Weights are float32 from here on. `recompute` keeps only the layers' inputs for the backward pass.
+    """
+    layers = objective.model.model.layers
+    if recompute:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if parallel == "fsdp" and dist.is_initialized():
+        policy = MixedPrecisionPolicy(param_dtype=objective.compute, reduce_dtype=torch.float32)
+        for module in (*layers, objective):
+            fully_shard(module, mp_policy=policy)
+    objective.float()
+    if parallel == "ddp" and dist.is_initialized():
+        return DistributedDataParallel(objective)
+    return objective
+
+
+# --- Checkpoints ---
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is as it should be
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Finished ones, the oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, keep: int) -> None:
+    """Written beside its place and renamed, so that each one there is is whole; then all but the last `keep` go.
+
+    Raises InputError where it cannot be written; those that are there stay.
+    """
+    place = out / "checkpoints" / f"step-{step:07d}"
+    part = place.with_name(f".{place.name}.tmp")
+    weights, state = get_state_dict(objective, optimizer)
+    try:
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        in_turn()
+        whole = {"model": weights, "optimizer": state, "step": step}
+        dcp.save(whole, checkpoint_id=part, no_dist=not dist.is_initialized())
+        if rank() == 0:
+            os.replace(part, place)
+            for old in checkpoints(out)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        in_turn()
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        there = [str(path) for path in checkpoints(out)] or ["none"]
+        raise InputError(
+            f"{place}: the checkpoint cannot be written ({reason}); the last good one is {there[-1]}."
+        ) from None
+
+
+def load_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Take up the last checkpoint, on any number of processes; the step it was written after, or 0."""
+    if not (there := checkpoints(out)):
+        return 0
+    weights, state = get_state_dict(objective, optimizer)
+    whole = {"model": weights, "optimizer": state, "step": 0}
+    dcp.load(whole, checkpoint_id=there[-1], no_dist=not dist.is_initialized())
+    set_state_dict(objective, optimizer, model_state_dict=whole["model"], optim_state_dict=whole["optimizer"])
+    return whole["step"]
+
+
+def save_result(out: Path, objective: nn.Module, model: Qwen2, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """The model as a folder that `load` reads, whatever it is spread over."""
+    everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(objective, options=everything)
+    if rank() == 0:
+        with torch.device("meta"):
+            whole = Qwen2(model.config)
+        whole.load_state_dict({k.removeprefix("model."): w.to(dtype) for k, w in weights.items()}, assign=True)
+        whole.tie()
+        save(whole, tokenizer, out)
+    in_turn()
 
 
 # --- Training ---
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Linear warm-up from 0, then constant, or a cosine down to 0 at the last step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+@dataclass(frozen=True)
+class Training:
+    """How to train; the defaults are the paper's."""
+
+    steps: int = 6000
+    batch_size: int = 256  # rows a step, of all devices together
+    seq_len: int = 2048  # positions of a row
+    micro_batch: int = 1  # rows a device runs at once; the gradient is the whole batch's, whatever it is
+    lr: float = 2e-5  # peak
+    warmup: int = 500  # steps
+    schedule: str = "constant"  # after the warm-up; or cosine, down to 0
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest gradient norm
+    ar_weight: float = 0.0  # of a causal loss beside the diffusion loss
+    complement: bool = True  # train on view 2 as well
+    packing: str = "documents"
+    compute: str = "bfloat16"  # of products and activations; weights and optimiser are float32
+    parallel: str = "auto"  # ddp or fsdp; auto: fsdp from a billion parameters on
+    recompute: bool = False  # keep only the layers' inputs for the backward pass
+    seed: int = 0
+    save_every: int = 200  # steps between checkpoints
+    keep: int = 2  # checkpoints
+    eval_every: int = 200  # steps between looks at held-out data
+    eval_rows: int = 64  # of it
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up from 0, then constant, or a cosine down to 0 at the last step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+PRESETS = {  # the paper's, on 64 devices
+    "1.5b": {"lr": 2e-5, "steps": 6000, "recompute": True},
+    "7b": {"lr": 1e-5, "steps": 2500, "recompute": True},
+}
 
 
 def initial_model(folder: Path, from_scratch: bool, device: str, seed: int) -> tuple[Qwen2, Tokenizer]:
-    """The model to train, in float32, and its tokenizer."""
+    """The model to train, and its tokenizer."""
     if not from_scratch:
-        model, tokenizer = load(folder, device, "float32")
+        model, tokenizer = load(folder, device)
     else:
         tokenizer = load_tokenizer(folder)
         config = read_config(folder, tokenizer)
@@ -237,134 +704,350 @@ def initial_model(folder: Path, from_scratch: bool, device: str, seed: int) -> t
                 torch.nn.init.normal_(p, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if out else 0.02)
             elif name.endswith("bias"):
                 torch.nn.init.zeros_(p)
-        model.to(pick_device(device))
-    if tokenizer is None:
-        raise InputError(f"{folder}: no tokenizer, so the data cannot be read.")
+        model.to(device)
+    require(tokenizer, f"{folder}: no tokenizer, so the data cannot be read.")
     return model.train(), tokenizer
 
 
-def train(
-    objective: str,
-    model: Qwen2,
-    documents: list[tuple[np.ndarray, np.ndarray]],
-    out: Path,
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    warmup: int,
-    schedule: str,
-    weight_decay: float,
-    clip: float,
-    ar_weight: float,
-    seed: int,
-    save_every: int,
-) -> None:
-    """Train in place, from the state in `out` if there is one; a step depends on seed and step number alone."""
-    size, device = model.config.block_size, model.lm_head.weight.device
-    pad = model.config.mask_token_id
-    lengths = [round_up(len(tokens), size) for tokens, _ in documents]
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    state_file, done = out / "state.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+def with_mask_token(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """A tokenizer that knows `|<MASK>|`, under its first free id: 151665 in Qwen2.5, whose embedding has that row.
 
-    order = batches(lengths, batch_size, seed)
-    for _ in range(done):
-        next(order)
-    with open(out / "metrics.jsonl", "a") as log, tqdm(total=steps, initial=done, unit="step") as bar:
-        for step in range(done, steps):
-            began, chosen = time.perf_counter(), next(order)
-            tokens = torch.full((len(chosen), lengths[chosen[0]]), pad or 0)  # like masks, and not trained
-            trainable = torch.zeros(tokens.shape, dtype=torch.bool)
-            for row, i in enumerate(chosen):
-                tokens[row, : len(documents[i][0])] = torch.from_numpy(documents[i][0])
-                trainable[row, : len(documents[i][1])] = torch.from_numpy(documents[i][1])
-            masked = complementary_noise(trainable, size, torch.Generator().manual_seed(seed * 2**32 + step))
-            tokens, trainable, masked = (x.to(device) for x in (tokens, trainable, masked))
-            record = {"step": step + 1, "tokens": tokens.numel()}
-            with torch.autocast(device.type, torch.bfloat16):  # float32 weights, bfloat16 products
-                loss = torch.zeros((), device=device)
-                if objective == "adapt":
-                    loss = training_loss(model, tokens, trainable, masked=masked)
-                    record["diffusion_loss"] = loss.item()
-                if objective == "ar" or ar_weight:
-                    causal = causal_loss(model, tokens, trainable)
-                    record["ar_loss"] = causal.item()
-                    loss = loss + causal * (1 if objective == "ar" else ar_weight)
-            loss.backward()
-            record["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-            optimizer.step()
-            optimizer.zero_grad()
-            record["seconds"] = time.perf_counter() - began
-            log.write(json.dumps({k: round(v, 5) for k, v in record.items()}) + "\n")
-            bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in record.items() if k.endswith("loss")}, refresh=False)
-            if (step + 1) % save_every == 0 or step + 1 == steps:
-                log.flush()
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                replace_file(state_file, partial(torch.save, state))
+    Raises InputError where the embedding has not so many `rows`.
+    """
+    if tokenizer.id("|<MASK>|") is not None:
+        return tokenizer
+    new, files = len(tokenizer), dict(tokenizer.files)
+    require(new < rows, f"The mask token would be id {new}, outside the embedding of {rows} rows; add a row to it.")
+    token = {"content": "|<MASK>|", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    token["special"] = True
+    edit = lambda name, change: files.update({name: json.dumps(change(json.loads(files[name])), indent=2).encode()})
+    if "tokenizer.json" in files:
+        edit("tokenizer.json", lambda t: t | {"added_tokens": [*t.get("added_tokens", []), {"id": new} | token]})
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if "added_tokens_decoder" in settings:
+        settings["added_tokens_decoder"][str(new)] = token
+        files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+    if "added_tokens.json" in files:
+        edit("added_tokens.json", lambda names: names | {"|<MASK>|": new})
+    elif "tokenizer.json" not in files and "added_tokens_decoder" not in settings:
+        files["added_tokens.json"] = json.dumps({"|<MASK>|": new}).encode()
+    tokenizer.encoder.add_special_tokens([AddedToken("|<MASK>|", normalized=False)])
+    return Tokenizer(tokenizer.encoder, tokenizer.system, files)
+
+
+class Trainer:
+    """A model, its data, and how to train it."""
+
+    def __init__(self, kinds: dict[str, float], model: Qwen2, corpus: Corpus, heldout: Corpus | None, how: Training):
+        self.kinds, self.how = kinds, how  # kind of loss -> its weight
+        self.corpus, self.heldout = corpus, heldout
+        self.size = model.config.block_size
+        self.pad = model.config.mask_token_id or 0
+        self.device = model.lm_head.weight.device
+        ok = how.seq_len % self.size == 0
+        require(ok, f"--seq-len {how.seq_len} is no multiple of the block size {self.size}.")
+        share = world_size() * how.micro_batch
+        ok = how.batch_size % share == 0
+        parts = f"{world_size()} processes x --micro-batch {how.micro_batch}"
+        require(ok, f"--batch-size {how.batch_size} is no multiple of {share}, {parts}.")
+        parameters = sum(p.numel() for p in model.parameters())
+        parallel = how.parallel if how.parallel != "auto" else "fsdp" if parameters > 1e9 else "ddp"
+        objective = Objective(model, how.complement, DTYPES[how.compute])
+        self.objective = distribute(objective, parallel, how.recompute)
+        decayed = [p for p in model.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=(0.9, 0.95), fused=True)
+
+    def rows(self, corpus: Corpus, seed: int) -> Iterator[list[Piece]]:
+        return endless_rows(corpus.lengths, self.how.seq_len, self.size, self.how.packing, seed=seed)
+
+    def batch(self, corpus: Corpus, rows: list[list[Piece]], step: int, seed: int) -> Batch:
+        """This process's share of a step's rows."""
+        mine = range(rank(), len(rows), world_size())
+        apart = self.how.packing == "documents"
+        batch = lay_out(corpus, [rows[i] for i in mine], self.how.seq_len, self.pad, apart)
+        draw_noise(batch, self.size, *([seed, step, i] for i in mine))
+        return batch
+
+    def target_counts(self, batch: Batch) -> dict[str, float]:
+        """Targets of each kind of loss in all processes' shares: what the sums are divided by."""
+        masked = batch.trainable if self.how.complement else batch.masked
+        flags = {"ar": batch.trainable, "diffusion": masked}
+        counts = [targets_of(flags[kind], batch.documents).sum().item() for kind in self.kinds]
+        return dict(zip(self.kinds, total(counts, self.device)))
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Gradients of one step, as if all its rows had run at once; loss and accuracy of each kind."""
+        counts, sums = self.target_counts(batch), {kind: [0.0, 0.0] for kind in self.kinds}
+        parts = [(kind, part) for part in batch.split(self.how.micro_batch) for kind in self.kinds]
+        for i, (kind, part) in enumerate(parts):
+            ddp = isinstance(self.objective, DistributedDataParallel)
+            with self.objective.no_sync() if ddp and i + 1 < len(parts) else nullcontext():
+                loss, right, _ = self.objective(kind, part.to(self.device))
+                # DDP and FSDP average over processes, the loss is a sum over them
+                weight = self.kinds[kind] * world_size() / max(1, counts[kind])
+                (loss * weight).backward()
+            sums[kind] = [sums[kind][0] + loss.detach(), sums[kind][1] + right]
+        return self.averages(sums, counts)
+
+    def averages(self, sums: dict[str, list], counts: dict[str, float]) -> dict[str, float]:
+        flat = total([float(value) for kind in self.kinds for value in sums[kind]], self.device)
+        names = [(kind, name) for kind in self.kinds for name in ("loss", "accuracy")]
+        return {f"{kind}_{name}": value / max(1, counts[kind]) for (kind, name), value in zip(names, flat)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on held-out rows, always the same ones with the same noise."""
+        rows = list(islice(self.rows(self.heldout, 0), round_up(self.how.eval_rows, world_size())))
+        batch = self.batch(self.heldout, rows, 0, 0)
+        sums, counts = {kind: [0.0, 0.0] for kind in self.kinds}, self.target_counts(batch)
+        for part in batch.split(self.how.micro_batch):
+            for kind in self.kinds:
+                loss, right, _ = self.objective(kind, part.to(self.device))
+                sums[kind] = [sums[kind][0] + loss, sums[kind][1] + right]
+        return {f"heldout_{name}": value for name, value in self.averages(sums, counts).items()}
+
+    def run(self, out: Path) -> None:
+        """Train to the last step, from the last checkpoint in `out` if there is one.
+
+        A step depends on seed and step number alone. Raises InputError when the loss is no number any more.
+        """
+        how, log = self.how, out / "metrics.jsonl"
+        done = load_checkpoint(out, self.objective, self.optimizer)
+        if rank() == 0:  # what was logged after the checkpoint is run again
+            lines = log.read_text().splitlines() if log.exists() else []
+            kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done)
+            replace_file(log, partial(Path.write_text, data=kept))
+        order = self.rows(self.corpus, how.seed)
+        for _ in range(done * how.batch_size):
+            next(order)
+        bar = tqdm(total=how.steps, initial=done, unit="step", disable=rank() > 0)
+        with open(log if rank() == 0 else os.devnull, "a", buffering=1) as file, bar:
+            for step in range(done, how.steps):
+                began = time.perf_counter()
+                rows = list(islice(order, how.batch_size))
+                losses = self.step(self.batch(self.corpus, rows, step, how.seed))
+                norm = nn.utils.clip_grad_norm_(self.objective.parameters(), how.clip)
+                norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+                if not all(map(math.isfinite, (norm, *losses.values()))):
+                    documents = sorted({document for row in rows for document, _, _ in row})
+                    some = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
+                    there = [str(path) for path in checkpoints(out)] or ["none yet"]
+                    raise InputError(
+                        f"step {step + 1}: the loss is no number any more ({losses}, gradient norm {norm}); its batch "
+                        f"holds documents {some}. The last checkpoint is {there[-1]}; a lower --lr may help."
+                    )
+                for group in self.optimizer.param_groups:
+                    group["lr"] = how.learning_rate(step)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                seconds = time.perf_counter() - began
+                record = {"step": step + 1, "tokens": how.batch_size * how.seq_len, **losses, "grad_norm": norm}
+                record |= {"lr": how.learning_rate(step), "seconds": round(seconds, 4)}
+                last = step + 1 == how.steps
+                if self.heldout and ((step + 1) % how.eval_every == 0 or last):
+                    record |= self.evaluate()
+                file.write(json.dumps(record) + "\n")
+                bar.update()
+                shown = {name: f"{value:.3f}" for name, value in record.items() if name.endswith("loss")}
+                bar.set_postfix(shown | {"tokens/s": f"{record['tokens'] / seconds:,.0f}"}, refresh=False)
+                if (step + 1) % how.save_every == 0 or last:
+                    file.flush()
+                    save_checkpoint(out, self.objective, self.optimizer, step + 1, how.keep)
+
+
+# --- Show ---
+
+
+def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: int) -> Iterator[str]:
+    """Lines that show a packed row to a person: its views, which output answers for which token, and its mask."""
+    apart = how.packing == "documents"
+    rows = endless_rows(corpus.lengths, how.seq_len, size, how.packing, seed=how.seed)
+    batch = lay_out(corpus, [next(islice(rows, row, None))], how.seq_len, tokenizer.id("|<MASK>|"), apart)
+    draw_noise(batch, size, [how.seed, 0, row])
+    views = [batch.masked[0], (batch.trainable & ~batch.masked)[0]][: 1 + how.complement]
+    targets = targets_of(batch.trainable, batch.documents)[0]
+    text = [tokenizer.decode([i], skip_special_tokens=False).replace("\n", "\\n") for i in batch.tokens[0].tolist()]
+    documents = [0] * how.seq_len if batch.documents is None else batch.documents[0].tolist()
+    parts = [f"{documents.index(d)}-{how.seq_len - 1 - documents[::-1].index(d)}" for d in sorted(set(documents)) if d]
+    yield f"Row {row}: {how.seq_len} positions in blocks of {size}, {targets.sum()} targets"
+    yield f"Documents, kept apart, at positions {', '.join(parts)}" if apart else "Documents see each other"
+    for name, masked in [("clean", torch.zeros_like(views[0])), *((f"view {i}", v) for i, v in enumerate(views, 1))]:
+        yield f"\n{name}:"
+        words = ["_" * max(1, len(word.strip())) if m else word for word, m in zip(text, masked.tolist())]
+        words = [" " + word if m and full[:1] == " " else word for word, full, m in zip(words, text, masked.tolist())]
+        yield "".join(words).replace("\\n", "\n").replace("|<MASK>|", "~")
+    first = int(targets.nonzero()[0]) // size * size
+    yield f"\nThe block of positions {first}-{first + size - 1}; the output at i answers for position i + 1:"
+    yield f"{'position':>8}  {'token':<16}" + "".join(f"view {i:<12}" for i in range(1, 1 + len(views))) + "answered by"
+    for i in range(first, first + size):
+        states = "".join(f"{'|<MASK>|' if masked[i] else text[i]:<17}" for masked in views)
+        by = [f"output {i - 1} of view {n}" for n, masked in enumerate(views, 1) if masked[i] and targets[i]]
+        yield f"{i:>8}  {text[i]:<16}{states}{by[0] if by else '-'}"
+    blocks = min(how.seq_len // size, 12)
+    mask = training_mask(how.seq_len, size, len(views), batch.documents).view(-1, *[how.seq_len * (1 + len(views))] * 2)
+    yield f"\nWho sees whom, block by block ({blocks} of {how.seq_len // size}); a row is a query, a column a key:"
+    at = [part * how.seq_len + block * size for part in range(1 + len(views)) for block in range(blocks)]
+    names = [*(f"view {i}" for i in range(1, 1 + len(views))), "clean"]
+    yield " " * 9 + " ".join(f"{name:<{blocks}}" for name in names)
+    for n, query in enumerate(at):
+        seen = "".join(
+            (" " * (k % blocks == 0 < k)) + ("#" if mask[0, query, key] else ".") for k, key in enumerate(at)
+        )
+        yield f"{names[n // blocks] if n % blocks == 0 else '':<9}{seen}"
 
 
 # --- Command line ---
 
 POSITIVE = click.IntRange(1)
+FOLDER = click.Path(path_type=Path)
+SHIPPED = Path(__file__).parent / "tiny"
 
 
-@click.command(help=__doc__.split("\n\n")[0])
-@click.argument("objective", type=click.Choice(["ar", "adapt"]))
-@click.option("--model", "folder", required=True, type=click.Path(path_type=Path), help="Checkpoint to start from.")
-@click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the result and the saved state.")
-@click.option("--from-scratch", is_flag=True, help="Random weights; --model then needs config and tokenizer only.")
-@click.option("--steps", type=POSITIVE, default=6000, show_default=True)
-@click.option("--batch-size", type=POSITIVE, default=32, show_default=True, help="Documents a step.")
-@click.option("--lr", default=2e-5, show_default=True, help="Peak learning rate of AdamW.")
-@click.option("--warmup", default=500, show_default=True, help="Steps of linear warm-up.")
-@click.option("--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True)
-@click.option("--weight-decay", default=0.01, show_default=True)
-@click.option("--clip", default=1.0, show_default=True, help="Largest gradient norm.")
-@click.option("--ar-weight", default=0.0, show_default=True, help="Weight of a causal loss beside the diffusion loss.")
-@click.option("--block-size", type=POSITIVE, help="Diffusion block to adapt to  [default: the checkpoint's, or 32]")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--save-every", type=POSITIVE, default=200, show_default=True, help="Steps between saved states.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of the result.",
+def option(name: str, help: str | None = None, **more) -> Callable:
+    """A field of `Training` as an option."""
+    default = getattr(Training, name)
+    flag = "--" + name.replace("_", "-")
+    if type(default) is bool:
+        flag += f"/--no-{flag[2:]}"
+    elif type(default) is int:
+        more = {"type": click.IntRange(0 if name in ("warmup", "seed") else 1)} | more
+    elif type(default) is float:
+        more = {"type": click.FloatRange(0)} | more
+    return click.option(flag, default=default, show_default=True, help=help, **more)
+
+
+def options(*decorators: Callable) -> Callable:
+    """Several options as one decorator."""
+    return lambda command: [command := decorate(command) for decorate in reversed(decorators)][-1]
+
+
+def sentences(command: Callable) -> Callable:
+    """A user's mistake becomes one sentence and exit code 2."""
+
+    @wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (InputError, OSError) as error:
+            mistake = click.ClickException(str(error))
+            mistake.exit_code = 2
+            raise mistake from None
+
+    return run
+
+
+def take_preset(context: click.Context, _, name: str | None) -> None:
+    context.default_map = (context.default_map or {}) | PRESETS.get(name, {})
+
+
+data_options = options(
+    option("seq_len", "Positions of a row."),
+    option("packing", "; ".join(f"{k}: documents {v}" for k, v in PACKINGS.items()), type=click.Choice(list(PACKINGS))),
+    option("complement", "Train on the complementary view as well."),
+    option("seed"),
+    click.option("--block-size", type=POSITIVE, help="Diffusion block to adapt to  [default: the checkpoint's, or 32]"),
 )
-@click.option("--device", default="auto", show_default=True)
-@click.option("--threads", type=POSITIVE, help="CPU threads.")
-def main(objective, folder, data, out, from_scratch, block_size, dtype, device, threads, **options):
+training_options = options(
+    click.option("--model", "folder", required=True, type=FOLDER, help="Checkpoint to start from."),
+    click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="JSONL, or tokenised."),
+    click.option("--out", required=True, type=FOLDER, help="Folder of the result, checkpoints and metrics."),
+    click.option("--heldout", type=click.Path(exists=True, path_type=Path), help="Data to look at, never to train on."),
+    click.option("--preset", type=click.Choice(list(PRESETS)), callback=take_preset, is_eager=True, expose_value=False),
+    click.option("--from-scratch", is_flag=True, help="Random weights; --model then needs config and tokenizer only."),
+    data_options,
+    option("steps"),
+    option("batch_size", "Rows a step, of all devices together."),
+    option("micro_batch", "Rows a device runs at once; changes memory and speed only."),
+    option("lr", "Peak learning rate of AdamW."),
+    option("warmup", "Steps of linear warm-up."),
+    option("schedule", "After the warm-up.", type=click.Choice(["constant", "cosine"])),
+    option("weight_decay"),
+    option("clip", "Largest gradient norm."),
+    option("ar_weight", "Weight of a causal loss beside the diffusion loss."),
+    option("compute", "Of products; weights are float32.", type=click.Choice(["bfloat16", "float32"])),
+    option("parallel", "Under torchrun; auto: fsdp above 1e9 weights.", type=click.Choice(["auto", "ddp", "fsdp"])),
+    option("recompute", "Keep only the layers' inputs for the backward pass."),
+    option("save_every", "Steps between checkpoints."),
+    option("keep", "Checkpoints that stay."),
+    option("eval_every", "Steps between looks at held-out data."),
+    option("eval_rows", "Rows of it."),
+    click.option("--broken", type=click.Choice(["refuse", "skip"]), default="refuse", show_default=True, help="Lines."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
+    ),
+    click.option("--device", default="auto", show_default=True),
+    click.option("--threads", type=POSITIVE, help="CPU threads."),
+)
+
+
+@click.group(help=__doc__.split("\n\n")[0])
+def main():
+    pass
+
+
+def train(objective, folder, data, out, heldout, from_scratch, block_size, broken, dtype, device, threads, **how):
+    """One run, of the process that `torchrun` started or the only one."""
+    how = Training(**how)
     if threads:
         torch.set_num_threads(threads)
-    try:
-        model, tokenizer = initial_model(folder, from_scratch, device, options["seed"])
+    with processes(device) as device:
+        model, tokenizer = initial_model(folder, from_scratch, device, how.seed)
+        if objective == "adapt":
+            tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
         trained = model.config.block_size
         size = 1 if objective == "ar" else block_size or (trained if trained > 1 else 32)
-        model.config = replace(model.config, block_size=size)
-        documents = [
-            (np.array(tokens, np.int64), np.array(trainable))
-            for tokens, trainable in tqdm(read_documents(data, tokenizer), "reading", unit=" documents")
-        ]
-        require(documents, f"{data}: holds no documents.")
+        mask = tokenizer.id("|<MASK>|") if model.config.mask_token_id is None else model.config.mask_token_id
+        model.config = replace(model.config, block_size=size, mask_token_id=mask)
         out.mkdir(parents=True, exist_ok=True)
-        train(objective, model, documents, out, **options)
-        save(model.to(DTYPES[dtype]), tokenizer, out)
-    except (InputError, OSError) as error:
-        mistake = click.ClickException(str(error))
-        mistake.exit_code = 2
-        raise mistake from None
+        if rank() == 0:
+            Corpus.prepare(data, tokenizer, out / "tokens", broken)
+            heldout and Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
+        in_turn()
+        corpus = Corpus.prepare(data, tokenizer, out / "tokens", broken)
+        heldout = heldout and Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
+        kinds = {"ar": 1.0} if objective == "ar" else {"diffusion": 1.0}
+        if objective == "adapt" and how.ar_weight:
+            kinds["ar"] = how.ar_weight
+        trainer = Trainer(kinds, model, corpus, heldout, how)
+        trainer.run(out)
+        save_result(out, trainer.objective, model, tokenizer, DTYPES[dtype])
+
+
+@main.command(help="Ordinary next-token training, causal.")
+@training_options
+@sentences
+def ar(**given):
+    train("ar", **given)
+
+
+@main.command(help="Make a block-diffusion model of an autoregressive one (paper, section 3).")
+@training_options
+@sentences
+def adapt(**given):
+    train("adapt", **given)
+
+
+@main.command("show", help="Print a packed, masked example: views, which output answers for which token, the mask.")
+@click.option("--model", "folder", default=SHIPPED / "checkpoint", type=FOLDER, help="Folder with a tokenizer.")
+@click.option("--data", default=SHIPPED / "sample.jsonl", type=click.Path(exists=True, path_type=Path), help="JSONL.")
+@click.option("--row", default=0, type=click.IntRange(0), show_default=True)
+@data_options
+@sentences
+def show_command(folder, data, row, block_size, **how):
+    how = Training(**({"seq_len": 192} | how))
+    tokenizer = load_tokenizer(folder)
+    config = read_config(folder, tokenizer)
+    tokenizer = with_mask_token(tokenizer, config.vocab_size)
+    size = block_size or (config.block_size if config.block_size > 1 else 32)
+    ok = how.seq_len % size == 0
+    require(ok, f"--seq-len {how.seq_len} is no multiple of the block size {size}.")
+    documents = list(islice(read_documents(data, tokenizer, "skip"), 500))  # enough to fill rows
+    offsets = np.cumsum([0, *(len(tokens) for tokens, _ in documents)])
+    corpus = Corpus(*(np.concatenate(column) for column in zip(*documents)), offsets)
+    for line in show(corpus, tokenizer, size, how, row):
+        click.echo(line)
 
 
 if __name__ == "__main__":

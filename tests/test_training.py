@@ -1,30 +1,40 @@
 """Training: mask, noise, loss, data, and runs that go on where they stopped."""
 
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from conftest import ROOT, golden
 
 import train
-from fastdllm import CAUSAL, InputError, KVCache, Qwen2, attention, load
+from fastdllm import CAUSAL, InputError, KVCache, Qwen2, attention, load, load_tokenizer, save
 from train import (
-    batches,
-    blockwise_attention,
-    causal_attention,
+    Batch,
+    Corpus,
+    Trainer,
+    Training,
     causal_loss,
     chat_document,
     complementary_noise,
-    cross_entropy,
-    learning_rate,
+    draw_noise,
+    endless_rows,
+    lay_out,
+    pack,
     read_documents,
+    score,
+    training_attention,
     training_loss,
     training_mask,
+    with_mask_token,
 )
 
 GOLDEN = golden("train")
@@ -65,14 +75,39 @@ def test_two_views_see_the_clean_copy_as_one_view_does_and_never_each_other():
     assert not mask[:12, 12:24].any() and not mask[12:24, :12].any()
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_blockwise_attention_equals_the_dense_mask(rng, views):
-    L, size = 24, 8
-    q = torch.randn(2, 6, (views + 1) * L, 16, generator=rng)
-    k, v = (torch.randn(2, 2, (views + 1) * L, 16, generator=rng) for _ in range(2))
-    dense = attention(q, k, v, training_mask(L, size, views))
-    torch.testing.assert_close(blockwise_attention(q, k, v, L, size, views), dense, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(causal_attention(q, k, v), attention(q, k, v, CAUSAL), atol=1e-5, rtol=1e-4)
+PACKED = torch.tensor([[1] * 64 + [2] * 32 + [3] * 64, [1] * 96 + [2] * 64])  # documents of two rows of 160
+
+
+@pytest.mark.parametrize("documents", [None, PACKED], ids=["one document", "packed"])
+@pytest.mark.parametrize("views, size", [(0, 1), (1, 32), (2, 32), (2, 8)])
+@pytest.mark.parametrize("kind", ["blockwise", "sparse"])
+def test_every_attention_equals_the_dense_mask_forward_and_backward(rng, device, kind, views, size, documents):
+    L, results = 160, []  # tiles of 128 are larger than a block, and do not divide the length
+    backward = kind != "sparse" or device == "cuda"  # FlexAttention has no backward pass on CPUs
+    documents = documents if documents is None else documents.to(device)
+    data = [torch.randn(2, heads, (views + 1) * L, 16, generator=rng).to(device) for heads in (6, 2, 2)]
+    for way in ("dense", kind):
+        qkv = [x.clone().requires_grad_(backward) for x in data]
+        y = attention(*qkv, training_attention(way, L, size, views, documents, torch.device(device)))
+        if backward:
+            y.sin().sum().backward()
+        results.append([y, *(x.grad for x in qkv if backward)])
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_sparse_attention_runs_every_tile_in_which_something_is_seen():
+    mask = training_attention("sparse", 160, 32, 2, PACKED, torch.device("cpu")).keywords["block_mask"]
+    tiles = F.pad(training_mask(160, 32, 2, PACKED), (0, 32, 0, 32)).view(2, 4, 128, 4, 128).any(4).any(2)
+    assert torch.equal(mask.to_dense()[:, 0].bool(), tiles)
+    long = training_attention("sparse", 2048, 32, 2, None, torch.device("cpu")).keywords["block_mask"]
+    assert long.sparsity() > 70  # percent of the tiles that are skipped
+
+
+def test_documents_see_only_themselves():
+    mask = training_mask(160, 32, 2, PACKED)
+    apart = PACKED.repeat(1, 3)[:, :, None] == PACKED.repeat(1, 3)[:, None]
+    assert torch.equal(mask, training_mask(160, 32, 2) & apart)
 
 
 # --- Noise ---
@@ -93,13 +128,13 @@ def test_noise_masks_only_trainable_positions_with_the_papers_probability():
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: c["id"])
-@pytest.mark.parametrize("dense", [True, False])
-def test_loss_and_gradients_equal_golden(trainable_models, case, dense):
+@pytest.mark.parametrize("kind", ["dense", "blockwise"])
+def test_loss_and_gradients_equal_golden(trainable_models, case, kind):
     model = trainable_models[case["checkpoint"]]
     model.zero_grad()
     tokens, trainable = torch.tensor(case["tokens"]), torch.tensor(case["trainable"]).bool()
     before = tokens.clone(), trainable.clone()
-    loss = training_loss(model, tokens, trainable, case["block_size"], masked_of(case), dense)
+    loss = training_loss(model, tokens, trainable, case["block_size"], masked_of(case), attention=kind)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-4)
     gradients = {name: p.grad.norm().item() for name, p in model.named_parameters()}
@@ -115,17 +150,35 @@ def test_loss_function_equals_golden():
     logits, labels = (torch.tensor(GOLDEN["loss_function"][key]) for key in ("logits", "labels"))
     wanted = labels[:, 1:] != -100
 
+    size = logits.shape[-1]
+
     class Head:
         logits = staticmethod(lambda hidden: hidden)
+        config = type("", (), {"vocab_size": size})
 
-    loss = cross_entropy(Head, logits[:, :-1][wanted], labels[:, 1:][wanted])
-    assert loss.item() == pytest.approx(GOLDEN["loss_function"]["loss_mean"], abs=1e-6)
+    loss, _ = score(Head, logits[:, :-1][wanted], labels[:, 1:][wanted])
+    assert loss.item() / wanted.sum().item() == pytest.approx(GOLDEN["loss_function"]["loss_mean"], abs=1e-6)
     assert wanted.sum().item() == GOLDEN["loss_function"]["terms"]
+
+
+def test_chunks_of_logits_change_nothing(trainable_models, rng, monkeypatch):
+    model, results, rows = trainable_models["tied"], [], []
+    hidden, targets = torch.randn(50, model.config.hidden_size, generator=rng), torch.randint(0, 280, (50,))
+    monkeypatch.setattr(model, "logits", lambda x: rows.append(len(x)) or model.lm_head(x))
+    for largest in (2**26, 7 * model.config.vocab_size):
+        model.zero_grad()
+        x = hidden.clone().requires_grad_()
+        loss, right = score(model, x, targets, largest)
+        loss.backward()
+        results.append((loss, right, x.grad, model.lm_head.weight.grad.clone()))
+    for whole, chunked in zip(*results):
+        torch.testing.assert_close(chunked, whole)
+    assert rows[0] == 50 and max(rows[1:]) == 7
 
 
 def test_every_trainable_token_is_a_target_exactly_once(trainable_models, rng, monkeypatch):
     model, seen = trainable_models["tied"], []
-    monkeypatch.setattr(train, "cross_entropy", lambda model, hidden, targets: seen.append(targets))
+    monkeypatch.setattr(train, "score", lambda model, hidden, targets: seen.append(targets) or [0])
     tokens, trainable = torch.arange(48).view(2, 24), example(rng)[1]
     training_loss(model, tokens, trainable, masked=complementary_noise(trainable, 8, rng))
     assert seen[0].sort().values.tolist() == tokens[trainable].tolist()
@@ -214,48 +267,331 @@ def test_trainable_is_what_the_assistant_wrote_with_end_token_and_newline(shippe
     assert tokenizer.decode(tokens, skip_special_tokens=False) == text
 
 
-def test_a_broken_line_is_named(tmp_path, shipped):
-    for line in ("{", "[]", '{"messages": 3}', '{"question": "?"}'):
-        (tmp_path / "data.jsonl").write_text('{"question": "?", "answer": "!"}\n' + line + "\n")
-        with pytest.raises(InputError, match="line 2"):
-            list(read_documents(tmp_path / "data.jsonl", shipped[1]))
-    (tmp_path / "data.jsonl").write_text('\n{"messages": [{"role": "user", "content": "?"}]}\n')
-    with pytest.raises(InputError, match="line 2: nothing of it"):
-        list(read_documents(tmp_path / "data.jsonl", shipped[1]))
+def test_a_conversation_begins_once_and_an_unanswered_question_is_left_out(shipped):
+    _, tokenizer = shipped
+    system = type(tokenizer)(tokenizer.encoder, "Be brief.", {})
+    turns = [("user", "a"), ("assistant", "\n\nb"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    tokens, trainable = chat_document([{"role": r, "content": c} for r, c in turns], system)
+    text = "".join(f"<|im_start|>{r}\n{c}<|im_end|>\n" for r, c in [("system", "Be brief."), *turns[:4]])
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == text
+    written = [t for t, mine in zip(tokens, trainable) if mine]
+    assert tokenizer.decode(written, skip_special_tokens=False) == "\n\nb<|im_end|>\nd<|im_end|>\n"
 
 
-def test_batches_have_one_length_and_use_every_document_once_an_epoch():
-    lengths = [32, 64, 32, 32, 64, 96, 32]
-    order = batches(lengths, 2, seed=3)
-    epoch = [next(order) for _ in range(4)]
-    assert sorted(i for batch in epoch for i in batch) == list(range(7))
-    assert all(len({lengths[i] for i in batch}) == 1 for batch in epoch)
-    again = batches(lengths, 2, seed=3)
-    assert [next(again) for _ in range(4)] == epoch
+def test_text_trains_whole_and_ends_with_its_end_token(tmp_path, shipped):
+    (tmp_path / "data.jsonl").write_text('{"text": "Mia has 3 books."}\n')
+    [(tokens, trainable)] = read_documents(tmp_path / "data.jsonl", shipped[1])
+    assert shipped[1].decode(tokens, skip_special_tokens=False) == "Mia has 3 books.<|endoftext|>" and all(trainable)
+
+
+BROKEN = ["{", "[]", '{"messages": 3}', '{"question": "?"}', '{"text": 3}', '{"messages": [{"role": "user"}]}', "\xff"]
+
+
+@pytest.mark.parametrize("line", [*BROKEN, '{"messages": [{"role": "user", "content": "?"}]}'])
+def test_a_broken_line_is_named_and_refused_or_skipped(tmp_path, shipped, capsys, line):
+    data, good = tmp_path / "data.jsonl", b'{"question": "?", "answer": "!"}\n'
+    data.write_bytes(good + b"\n" + line.encode("latin1") + b"\n" + good)
+    with pytest.raises(InputError, match="line 3: .*--broken skip"):
+        list(read_documents(data, shipped[1]))
+    assert len(list(read_documents(data, shipped[1], "skip"))) == 2
+    assert "line 3" in capsys.readouterr().err
+
+
+def prepared(tmp_path, tokenizer, count=40):
+    lines = [json.dumps({"question": f"{n} and {n}?" * (n % 5 + 1), "answer": f"{n + n}"}) for n in range(count)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return Corpus.prepare(tmp_path / "data.jsonl", tokenizer, tmp_path / "tokens")
+
+
+def test_data_is_tokenised_once_and_anew_when_it_changes(tmp_path, shipped, monkeypatch):
+    _, tokenizer = shipped
+    corpus = prepared(tmp_path, tokenizer)
+    assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == np.uint16
+    documents = list(read_documents(tmp_path / "data.jsonl", tokenizer))
+    for i, (tokens, trainable) in enumerate(documents):
+        ids, flags = corpus.piece(i, 0, 10**6)
+        assert ids.tolist() == tokens and flags.tolist() == trainable
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_documents", None)  # would fail if it were read again
+        Corpus.prepare(tmp_path / "data.jsonl", tokenizer, tmp_path / "tokens")
+        Corpus.prepare(tmp_path / "tokens", tokenizer, tmp_path / "elsewhere")
+        other = type(tokenizer)(tokenizer.encoder, "Be brief.", {})
+        with pytest.raises(InputError, match="another tokenizer"):
+            Corpus.prepare(tmp_path / "tokens", other, tmp_path / "elsewhere")
+    with open(tmp_path / "data.jsonl", "a") as file:
+        file.write('{"question": "?", "answer": "!"}\n')
+    assert len(Corpus.prepare(tmp_path / "data.jsonl", tokenizer, tmp_path / "tokens").lengths) == 41
+
+
+def test_broken_data_leaves_what_was_tokenised_before(tmp_path, shipped):
+    prepared(tmp_path, shipped[1])
+    before = (tmp_path / "tokens" / "tokens.bin").read_bytes()
+    (tmp_path / "data.jsonl").write_text("{\n")
+    with pytest.raises(InputError, match="line 1"):
+        Corpus.prepare(tmp_path / "data.jsonl", shipped[1], tmp_path / "tokens")
+    (tmp_path / "data.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no documents"):
+        Corpus.prepare(tmp_path / "data.jsonl", shipped[1], tmp_path / "tokens")
+    assert (tmp_path / "tokens" / "tokens.bin").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "tokens"]
+
+
+# --- Packing ---
+
+LENGTHS = np.array([5, 8, 9, 16, 3, 24, 30, 70, 1, 8])
+
+
+def test_packing_keeps_documents_whole_in_whole_blocks():
+    rows = pack(LENGTHS, 32, 8, "documents", np.random.default_rng(0))
+    pieces = sorted(piece for row in rows for piece in row)
+    padded = -(-LENGTHS // 8) * 8  # aligned ones get no further block
+    long = [(7, 0, 32), (7, 32, 64), (7, 64, 72)]  # longer than a row, so cut
+    assert pieces == sorted([(i, 0, n) for i, n in enumerate(padded) if i != 7] + long)
+    assert all(sum(stop - start for _, start, stop in row) <= 32 for row in rows)
+    assert len(rows) <= -(-padded.sum() // 32) + 1  # and hardly a hole
+
+
+def test_original_packing_pads_every_document_cuts_at_rows_and_drops_the_rest():
+    rows = pack(LENGTHS, 32, 8, "original", np.random.default_rng(0))
+    stream = [piece for row in rows for piece in row]
+    assert all(sum(stop - start for _, start, stop in row) == 32 for row in rows)
+    assert len(rows) == (LENGTHS // 8 * 8 + 8).sum() // 32  # aligned ones get a whole further block
+    ends = {i: max(stop for j, _, stop in stream if j == i) for i in {j for j, _, _ in stream}}
+    assert sum(ends[i] == LENGTHS[i] // 8 * 8 + 8 for i in ends) >= len(ends) - 1
+    plain = pack(LENGTHS, 32, 8, "concatenated", np.random.default_rng(0))
+    assert len(plain) == LENGTHS.sum() // 32
+
+
+def test_rows_are_laid_out_padded_with_masks_that_do_not_train(tmp_path, shipped):
+    corpus = prepared(tmp_path, shipped[1])
+    [row] = [row for row in pack(corpus.lengths, 96, 32, "documents", np.random.default_rng(0)) if len(row) == 3][:1]
+    batch = lay_out(corpus, [row], 96, 7, apart=True)
+    assert batch.documents[0].tolist() == [1] * 32 + [2] * 32 + [3] * 32
+    for n, (document, start, stop) in enumerate(row):
+        ids, flags = corpus.piece(document, start, stop)
+        pad = 32 - len(ids)
+        assert batch.tokens[0, 32 * n : 32 * n + 32].tolist() == [*ids.tolist(), *[7] * pad]
+        assert batch.trainable[0, 32 * n : 32 * n + 32].tolist() == [*flags.tolist(), *[False] * pad]
+
+
+def test_rows_come_in_a_seeded_order_each_document_once_an_epoch():
+    how = LENGTHS, 32, 8, "documents"
+    order = endless_rows(*how, seed=3)
+    epochs = [[next(order) for _ in pack(*how, np.random.default_rng([3, e]))] for e in (0, 1)]
+    for epoch in epochs:
+        assert {document for row in epoch for document, _, _ in row} == set(range(10))
+    assert epochs[0] != epochs[1]
+    again = endless_rows(*how, seed=3)
+    assert [next(again) for _ in epochs[0]] == epochs[0]
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "ar"])
+def test_a_packed_row_trains_like_its_documents_alone(trainable_models, rng, objective):
+    model = trainable_models["tied"]  # block size 8
+    tokens, trainable = example(rng, B=1, L=40, prompt=0)
+    documents = torch.tensor([[1] * 16 + [2] * 24])
+    masked = complementary_noise(trainable, 8, rng)
+    alone = [slice(0, 16), slice(16, 40)]
+    if objective == "ar":
+        packed = causal_loss(model, tokens, trainable, documents)
+        losses = [causal_loss(model, tokens[:, part], trainable[:, part]) for part in alone]
+    else:
+        packed = training_loss(model, tokens, trainable, masked=masked, documents=documents)
+        losses = [training_loss(model, tokens[:, p], trainable[:, p], masked=masked[:, p]) for p in alone]
+    torch.testing.assert_close(packed, (losses[0] * 15 + losses[1] * 23) / 38)
+
+
+def test_a_row_draws_its_own_noise(rng):
+    batch = Batch(*example(rng, B=3), None)
+    draw_noise(batch, 8, [0, 5, 0], [0, 5, 1], [0, 5, 2])
+    part = Batch(batch.tokens[1:], batch.trainable[1:], None)
+    draw_noise(part, 8, [0, 5, 1], [0, 5, 2])
+    assert torch.equal(part.masked, batch.masked[1:]) and not torch.equal(batch.masked[0], batch.masked[1])
+
+
+# --- Training ---
 
 
 def test_learning_rate_warms_up_and_stays_or_falls():
-    rates = [learning_rate(step, 100, 1.0, 10, "constant") for step in range(100)]
+    constant, cosine = (Training(steps=100, lr=1.0, warmup=10, schedule=s) for s in ("constant", "cosine"))
+    rates = [constant.learning_rate(step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9:] == [1.0] * 91
-    assert learning_rate(55, 100, 1.0, 10, "cosine") == pytest.approx(0.5)
+    assert cosine.learning_rate(55) == pytest.approx(0.5)
+
+
+@pytest.fixture
+def trainer(tmp_path, shipped):
+    """A trainer of a fresh copy of the shipped checkpoint."""
+    corpus = prepared(tmp_path, shipped[1])
+
+    def make(**how):
+        how = {"seq_len": 64, "batch_size": 4, "compute": "float32", "steps": 3, "lr": 1e-3, "warmup": 0} | how
+        model = load(ROOT / "tiny" / "checkpoint", "cpu")[0]
+        return Trainer({"diffusion": 1.0, "ar": 0.5}, model, corpus, corpus, Training(**how))
+
+    return make
+
+
+def gradients(trainer):
+    rows = [row for row, _ in zip(trainer.rows(trainer.corpus, 0), range(4))]
+    losses = trainer.step(trainer.batch(trainer.corpus, rows, 0, 0))
+    return losses, torch.cat([p.grad.flatten() for p in trainer.objective.parameters()])
+
+
+@pytest.mark.parametrize("how", [{"micro_batch": 4}, {"micro_batch": 2}, {"recompute": True}], ids=str)
+def test_accumulation_and_recomputing_give_the_large_batchs_gradient(trainer, how):
+    (losses, expected), (other, got) = gradients(trainer(micro_batch=1)), gradients(trainer(**how))
+    assert other == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(trainer, tmp_path):
+    trainer(save_every=1, steps=2).run(tmp_path)
+    run = trainer(save_every=1, steps=5)
+    run.objective.model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(InputError, match=r"step 3: .*documents \d+.*step-0000002"):
+        run.run(tmp_path)
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step-0000001", "step-0000002"]
+
+
+def test_held_out_data_is_looked_at_and_checkpoints_are_few(trainer, tmp_path):
+    trainer(steps=4, save_every=1, eval_every=2, keep=2).run(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [step for step, record in enumerate(records, 1) if "heldout_diffusion_accuracy" in record] == [2, 4]
+    assert records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step-0000003", "step-0000004"]
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "added_tokens_decoder", "added_tokens.json", "none"])
+def test_a_tokenizer_without_mask_gets_it_as_its_first_free_id(tmp_path, shipped, form):
+    model, tokenizer = shipped
+    whole = json.loads(tokenizer.files["tokenizer.json"])
+    added = [token for token in whole["added_tokens"] if token["content"] != "|<MASK>|"]
+    if form == "tokenizer.json":
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"added_tokens": added}))
+        (tmp_path / "tokenizer_config.json").write_bytes(tokenizer.files["tokenizer_config.json"])
+    else:
+        (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+        merges = [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]]
+        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    if form == "added_tokens_decoder":
+        settings = {"added_tokens_decoder": {token["id"]: token for token in added}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    elif form == "added_tokens.json":
+        (tmp_path / "added_tokens.json").write_text(json.dumps({token["content"]: token["id"] for token in added}))
+    plain = load_tokenizer(tmp_path)
+    first = len(plain)
+    masked = with_mask_token(plain, model.config.vocab_size)
+    save(model, masked, tmp_path / "new")
+    again = load_tokenizer(tmp_path / "new")
+    assert again.id("|<MASK>|") == masked.id("|<MASK>|") == first and len(again) == first + 1
+    assert again.encode("books|<MASK>|") == [*again.encode("books"), first]
+    assert with_mask_token(again, 10**6) is again
+    with pytest.raises(InputError, match=f"id {first}, outside the embedding of {first} rows"):
+        with_mask_token(load_tokenizer(tmp_path), first)
 
 
 # --- Runs ---
 
 
+def command(tmp_path, objective, **options):
+    """Command line of a short run on few problems."""
+    if not (tmp_path / "data.jsonl").exists():
+        problems = [json.dumps({"question": f"{n} and {n}?", "answer": f"{n + n}"}) for n in range(40)]
+        (tmp_path / "data.jsonl").write_text("\n".join(problems) + "\n")
+    options = {
+        **{"model": ROOT / "tiny" / "checkpoint", "data": tmp_path / "data.jsonl", "seq-len": 64, "warmup": 4},
+        **{"steps": 12, "batch-size": 4, "lr": 1e-3, "save-every": 1, "threads": 1, "device": "cpu"},
+    } | options
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [str(ROOT / "train.py"), objective, *flags]
+
+
+def metrics(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
 @pytest.mark.parametrize("objective", ["ar", "adapt"])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, objective):
-    problems = [json.dumps({"question": f"{n} and {n}?", "answer": f"{n + n}"}) for n in range(40)]
-    (tmp_path / "data.jsonl").write_text("\n".join(problems) + "\n")
-    command = [sys.executable, str(ROOT / "train.py"), objective, "--model", str(ROOT / "tiny" / "checkpoint")]
-    command += ["--data", str(tmp_path / "data.jsonl"), "--steps", "12", "--batch-size", "4", "--save-every", "1"]
-    command += ["--lr", "1e-3", "--ar-weight", "0.5", "--threads", "1", "--device", "cpu"]
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
-    run = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    while run.poll() is None and not (tmp_path / "killed" / "state.pt").exists():
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, objective):
+    whole, killed = (
+        [sys.executable, *command(tmp_path, objective, out=tmp_path / name, **{"ar-weight": 0.5})]
+        for name in ("whole", "killed")
+    )
+    subprocess.run(whole, check=True, capture_output=True)
+    run = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not train.checkpoints(tmp_path / "killed"):
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    subprocess.run([*command, "--out", str(tmp_path / "killed")], check=True, capture_output=True)
-    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert whole == resumed
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    subprocess.run(killed, check=True, capture_output=True)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert first == second
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_like_one(tmp_path, parallel):
+    options = {"steps": 3, "batch-size": 8, "micro-batch": 2, "ar-weight": 0.5, "compute": "float32", "lr": 1e-4}
+    options |= {"parallel": parallel, "heldout": tmp_path / "data.jsonl"}
+    single = [sys.executable, *command(tmp_path, "adapt", out=tmp_path / "one", **options)]
+    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    several += command(tmp_path, "adapt", out=tmp_path / "two", **options)
+    for line in (single, several):
+        subprocess.run(line, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    one, two = (load(tmp_path / name, "cpu")[0].state_dict() for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-3)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_stays(tmp_path):
+    line = [sys.executable, *command(tmp_path, "adapt", out=tmp_path / "out", steps=2)]
+    subprocess.run(line, check=True, capture_output=True)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # like a disk that is full
+    line = [sys.executable, *command(tmp_path, "adapt", out=tmp_path / "out", steps=4)]
+    run = subprocess.run(line, capture_output=True, text=True, preexec_fn=small)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "cannot be written" in run.stderr and "the last good one is" in run.stderr
+    assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
+    subprocess.run(line, check=True, capture_output=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"seq-len": 100}, "--seq-len 100 is no multiple of the block size 32"),
+        ({"batch-size": 3, "micro-batch": 2}, "--batch-size 3 is no multiple of 2"),
+        ({"model": "nowhere"}, "nowhere: no such folder"),
+        ({"packing": "original", "seq-len": 65536}, "does not fill one row of 65536"),
+        ({"out": "data.jsonl"}, "data.jsonl"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(tmp_path, options, sentence):
+    line = command(tmp_path, "adapt", **({"out": tmp_path / "out"} | options))
+    run = subprocess.run([sys.executable, *line], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr
+
+
+def test_show_prints_a_row_as_it_trains():
+    run = subprocess.run([sys.executable, ROOT / "train.py", "show"], capture_output=True, text=True, check=True)
+    table = [line.split() for line in run.stdout.splitlines() if "output" in line and "of view" in line]
+    assert table
+    for position, output in ((line[0], line[line.index("output") + 1]) for line in table):
+        assert int(output) == int(position) - 1  # token shift
+    views = [{line[0] for line in table if line[-1] == view} for view in "12"]
+    assert not views[0] & views[1]  # the complement
+
+
+def test_presets_are_the_papers_and_options_override_them(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, "train", lambda objective, **given: seen.update(given))
+    flags = ["--model", "m", "--data", str(ROOT / "train.py"), "--out", "o", "--preset", "7b", "--steps", "7"]
+    CliRunner().invoke(train.main, ["adapt", *flags], catch_exceptions=False)
+    assert (seen["lr"], seen["steps"], seen["batch_size"], seen["seq_len"], seen["warmup"]) == (1e-5, 7, 256, 2048, 500)
