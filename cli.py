@@ -102,12 +102,15 @@ HELP = {
     "block_size": "Tokens denoised together; 1 is autoregressive  [default: the checkpoint's]",
     "sub_block_size": "Window of a block that is revealed before the next one.",
     "threshold": "Keep guesses of more confidence than this, in [0, 1]; 1 writes one token a pass.",
+    "tokens_per_pass": "Keep this many guesses a pass, the most confident, whatever the threshold.",
     "cache": "none: recompute everything; block: keep finished blocks; dual: DualCache for sub-blocks too.",
+    "fuse_commit": "Commit a block in one pass with the next one's first.",
     "max_new_tokens": "Longest answer.",
     "temperature": "0: the most probable token, else sample.",
     "top_p": "Nucleus of the sampling.",
     "seed": "Makes sampling repeatable.",
     "batch_size": "Prompts decoded at the same time.",
+    "cuda_graphs": "Replay recorded passes on CUDA.",
 }
 
 
@@ -128,6 +131,8 @@ def decoding_options(command):
         kind = {"cache": click.Choice(["none", "block", "dual"])}.get(knob.name)
         kind = kind or (float if isinstance(knob.default, float) else int)
         name = "--" + knob.name.replace("_", "-")
+        if isinstance(knob.default, bool):
+            kind, name = None, f"{name}/--no-{name[2:]}"
         extra = {"show_default": knob.default is not None, "help": HELP[knob.name]}
         if knob.name == "sub_block_size":
             extra["callback"] = check_sub_block

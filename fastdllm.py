@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +90,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Callable | None, c
     """
     if callable(mask):
         return mask(q, k, v)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    (B, H, T, d), K = q.shape, k.shape[1]
+    if mask is None or H == K or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
+    # CUDA's kernels know masks or groups, not both: the queries of a group become further rows of one product
+    mask = mask.expand(-1, -1, T, -1).repeat(1, 1, H // K, 1)
+    return F.scaled_dot_product_attention(q.reshape(B, K, -1, d), k, v, attn_mask=mask).view(B, H, T, d)
 
 
 CAUSAL = partial(attention, mask=None, causal=True)  # block size 1 from position 0 on: the kernel knows this mask
@@ -110,8 +115,9 @@ class KVCache:
         shape = config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
 
-    def update(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, read) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, K, T, d) at rows (B, 1) and positions (B, T); the slots `read`, as (B, K, S, d)."""
+    def update(self, layer: int, k: Tensor, v: Tensor, rows, positions, read) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, T, d) at rows (B, 1) and positions (B, T), tensors or both slices; the slots `read`, as
+        (B, K, S, d)."""
         for cache, new in (self.k[layer], k), (self.v[layer], v):
             cache[rows, positions] = new.transpose(1, 2)
         return self.k[layer][read].transpose(1, 2), self.v[layer][read].transpose(1, 2)
@@ -265,10 +271,16 @@ class Qwen2(nn.Module):
             mask = CAUSAL
         else:
             mask = block_causal_mask(positions, torch.arange(seen, device=tokens.device), block_size)[:, None]
-        index = torch.tensor(rows, device=tokens.device)[:, None]  # (B, 1)
-        read = slice(B) if rows == list(range(B)) else index[:, 0]  # a slice reads the past without copying it
-        store = partial(cache.update, rows=index, positions=positions, read=(read, slice(seen)))
-        return self(tokens, positions, mask, store)
+        if rows == list(range(rows[0], rows[0] + B)):  # a slice reads the past without copying it
+            read = slice(rows[0], rows[0] + B)
+        else:
+            read = torch.tensor(rows, device=tokens.device)
+        if aligned and isinstance(read, slice):
+            write = read, slice(starts[0], starts[0] + T)
+        else:
+            write = torch.tensor(rows, device=tokens.device)[:, None], positions
+        store = partial(cache.update, rows=write[0], positions=write[1], read=(read, slice(seen)))
+        return self(tokens, positions[:1] if aligned else positions, mask, store)
 
 
 # --- Guess and accept ---
@@ -304,12 +316,14 @@ def guess(logits: Tensor, decoding: "Decoding", draws: Tensor) -> tuple[Tensor, 
     return ids.gather(1, place)[:, 0], p.gather(1, place)[:, 0]
 
 
-def accept(confidence: list[float], threshold: float) -> list[int]:
+def accept(confidence: list[float], threshold: float, count: int | None = None) -> list[int]:
     """Which guesses are kept (paper, section 4): all above the threshold, and always the most confident one.
 
     Indices into `confidence`, in order; strictly above, and the first one on ties, so that threshold 1 keeps exactly
-    one guess a pass.
+    one guess a pass. With a `count` it is that many, the most confident ones, whatever the threshold.
     """
+    if count:
+        return sorted(sorted(range(len(confidence)), key=lambda i: -confidence[i])[:count])
     best = confidence.index(max(confidence))
     return [i for i, c in enumerate(confidence) if c > threshold or i == best]
 
@@ -331,7 +345,10 @@ class Decoding:
     stop_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's; (): none
     seed: int | None = None  # with a seed, a prompt's tokens depend on nothing but prompt and options
     batch_size: int = 16  # prompts decoded at the same time
+    tokens_per_pass: int | None = None  # reveal this many guesses a pass, the most confident, whatever the threshold
+    fuse_commit: bool = False  # commit a block in one pass with the next one's first; changes what that pass guesses
     runner_up: bool = False  # also record the second-best token of each guess
+    cuda_graphs: bool = True  # replay recorded passes on CUDA: the same tokens, without the host's work
 
     def __post_init__(self):
         whole = lambda v: type(v) is int and v >= 1
@@ -339,7 +356,7 @@ class Decoding:
         ids = lambda v: isinstance(v, (tuple, list, set, frozenset)) and all(type(i) is int for i in v)
         for names, ok, rule in [
             ("sub_block_size max_new_tokens batch_size", whole, "be a whole number of at least 1"),
-            ("block_size", lambda v: v is None or whole(v), "be a whole number of at least 1, or None"),
+            ("block_size tokens_per_pass", lambda v: v is None or whole(v), "be a whole number of at least 1, or None"),
             ("threshold top_p", lambda v: number(v, 1), "lie in [0, 1]"),
             ("temperature", lambda v: v == 0 or number(v, 1e4) and v >= 1e-4, "be 0, or between 0.0001 and 10000"),
             ("cache", lambda v: v in ("none", "block", "dual"), "be none, block or dual"),
@@ -375,11 +392,12 @@ class Revealed(NamedTuple):
 class Pass:
     """One forward pass over one row's window: what it ran, and once it ran, what came of it."""
 
-    kind: str  # prefill, full, refresh, sub or commit
+    kind: str  # prefill, full, refresh, sub, commit or fused
     start: int  # the window is [start, start + len(tokens))
     tokens: list[int]  # its input, masks included
     guessed: list[int]  # positions guessed, position i from the output at i - 1 (token shift)
     draws: Tensor  # a uniform number for each of them, at temperatures above 0
+    committed: int = 0  # so many first tokens of the window are final, and so are their keys and values
     row: int = 0  # the prompt's index
     revealed: list[Revealed] = field(default_factory=list)
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
@@ -402,15 +420,17 @@ def sequence(
     threshold = torch.tensor(decoding.threshold).item()  # confidences are float32, so compare with one
     final = len(prompt)  # everything before is known for good
 
-    def run(kind, start, stop, guessed):
+    def run(kind, start, stop, guessed, committed=0):
         """One pass, and the guesses that it reveals; true when the answer is complete."""
         nonlocal final
         draws = torch.rand(len(guessed) if decoding.temperature else 0, generator=generator)
-        step = Pass(kind, start, tokens[start:stop], guessed, draws)
+        step = Pass(kind, start, tokens[start:stop], guessed, draws, committed)
         guesses = yield step
-        if guessed:
-            for i in accept([confidence for _, confidence, _ in guesses], threshold):
-                step.revealed.append(Revealed(guessed[i], *guesses[i]))
+        # after committed tokens comes a token that no threshold holds back; what else is guessed beside it must pass
+        sure = guessed[:1] if committed else []
+        confidence = [1.0 if position in sure else c for position, (_, c, _) in zip(guessed, guesses)]
+        for i in accept(confidence, threshold, decoding.tokens_per_pass) if guessed else []:
+            step.revealed.append(Revealed(guessed[i], *guesses[i]))
         for kept in step.revealed:
             tokens[kept.position : kept.position + 1] = [kept.token]  # replaces a mask, or is appended
         while final < min(len(tokens), limit) and tokens[final] != mask and not step.finish_reason:
@@ -423,13 +443,13 @@ def sequence(
     aligned = begin == len(prompt)  # then the block's first token comes from the prefill's last row
     first = 0 if decoding.cache == "none" else min(known, begin - size * aligned)
     if aligned or (first < begin and decoding.cache != "none"):
-        if (yield from run("prefill", first, begin, [begin] * aligned)):
+        if (yield from run("prefill", first, begin, [begin] * aligned, begin - first)):
             return
+    cached = False  # does the block cache hold this block?
     while True:
         end = begin + size
         tokens += [mask] * (end - len(tokens))
         origin = 0 if decoding.cache == "none" else begin
-        cached = False  # does the block cache hold this block?
         for low in range(begin, end, sub):
             high = low + sub
             while masked := [i for i in range(low, high) if tokens[i] == mask]:
@@ -442,8 +462,13 @@ def sequence(
                 if (yield from run(kind, start, stop, masked)):
                     return
         # commit: the finished block runs once more without masks, and its last row begins the next block
-        if (yield from run("commit", origin, end, [end])):
+        kind, guessed, beyond = "commit", [end], 0
+        if decoding.fuse_commit and size > 1 and end + 1 < limit:  # and with it, all of masks, the next block
+            kind, guessed, beyond = "fused", [*range(end, end + sub)], size
+            tokens += [mask] * size
+        if (yield from run(kind, origin, end + beyond, guessed, end - origin)):
             return
+        cached = beyond > 0 and decoding.cache == "dual"
         begin = end
 
 
@@ -513,10 +538,15 @@ def _decode(
 ) -> Iterator[Pass]:
     size, weight = decoding.block_size, model.model.embed_tokens.weight
     longest = max((len(prompt) + decoding.max_new_tokens for prompt in prompts), default=0)
-    places = min(len(prompts), decoding.batch_size)
-    cache = memory.cache if memory else None
-    cache = cache or KVCache(model.config, places, round_up(longest, size), weight)
-    cache.grow(round_up(longest, size))
+    places, length = min(len(prompts), decoding.batch_size), round_up(longest, size)
+    if weight.is_cuda:
+        GRAPHS.setdefault(model, Graphs())
+    graphs = GRAPHS.get(model) if decoding.cuda_graphs and decoding.cache != "none" and not memory else None
+    if graphs:
+        cache = graphs.reserve(model, places, length)
+    else:
+        cache = memory and memory.cache or KVCache(model.config, places, length, weight)
+        cache.grow(length)
     waiting = iter(enumerate(prompts))
 
     def admit(place: int) -> Row | None:
@@ -530,21 +560,19 @@ def _decode(
 
     rows = [admit(place) for place in range(places)]
     while rows:
-        widths = [len(row.step.tokens) for row in rows]
+        widths = [(row.step.kind == "prefill", len(row.step.tokens)) for row in rows]
         # prefills first, so that rows come together; then the width that most rows wait for
-        width = max(widths, key=lambda w: (w > size, widths.count(w)))
+        width = max(widths, key=lambda w: (w[0], widths.count(w)))
         group = [place for place, w in enumerate(widths) if w == width]
         steps = [rows[place].step for place in group]
-        tokens = torch.tensor([step.tokens for step in steps], device=weight.device)
-        hidden = model.window(tokens, [step.start for step in steps], cache, size, group)
-        for place, step, guesses in zip(group, steps, shifted_guesses(model, hidden, steps, decoding)):
+        for place, step, guesses in zip(group, steps, shifted_guesses(model, cache, group, steps, decoding, graphs)):
             step.row = rows[place].index
             try:
                 rows[place].step = rows[place].passes.send(guesses)
             except StopIteration:
                 rows[place].step = None
-            if memory and step.kind in ("prefill", "commit"):
-                memory.cache, memory.tokens[step.start :] = cache, step.tokens
+            if memory and step.committed:
+                memory.cache, memory.tokens[step.start :] = cache, step.tokens[: step.committed]
             yield step
         for place in reversed(group):
             if rows[place].step is None:
@@ -555,30 +583,138 @@ def _decode(
                 del rows[last + bool(row) :]
 
 
-def shifted_guesses(model: Qwen2, hidden: Tensor, steps: list[Pass], decoding: Decoding) -> list[list]:
-    """The guesses (token, confidence, runner-up) of each pass, from the hidden states (B, T, D) of their windows.
+def shifted_guesses(
+    model: Qwen2, cache: KVCache, rows: list[int], steps: list[Pass], decoding: Decoding, graphs: "Graphs | None" = None
+) -> list[list]:
+    """Run one pass over windows of equal width, of these rows of the cache: each one's guesses (token, confidence,
+    runner-up).
 
     Token shift (paper, section 3): the guess for position i stands in the output at i - 1.
     """
-    config, counts = model.config, [len(step.guessed) for step in steps]
-    if not any(counts):
-        return [[] for _ in steps]
-    where = [(b, i - 1 - step.start) for b, step in enumerate(steps) for i in step.guessed]
-    logits = model.logits(hidden[tuple(torch.tensor(where, device=hidden.device).T)])  # only rows that are used
+    counts, width, device = [len(step.guessed) for step in steps], len(steps[0].tokens), model.lm_head.weight.device
+    wanted = [n * width + i - 1 - step.start for n, step in enumerate(steps) for i in step.guessed]
+    draws = torch.cat([step.draws for step in steps])
+    if graphs and steps[0].kind != "prefill":
+        found = graphs.run(model, cache, rows, steps, wanted, draws, decoding)
+    else:
+        tokens = torch.tensor([step.tokens for step in steps], device=device)
+        hidden = model.window(tokens, [step.start for step in steps], cache, decoding.block_size, rows)
+        if not wanted:
+            return [[] for _ in steps]
+        found = best_guesses(model, hidden.flatten(0, 1)[torch.tensor(wanted, device=device)], draws, decoding)
+    table = found.tolist()  # the pass's one transfer back
+    finite = all(row[1] == row[1] for row in table)
+    require(finite, "The model's output is not a number; in float16 it may overflow, then bfloat16 or float32 works.")
+    guesses = iter([(int(t), c, (int(other[0]), other[1]) if other else None) for t, c, *other in table])
+    return [[next(guesses) for _ in range(count)] for count in counts]
+
+
+def best_guesses(model: Qwen2, hidden: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
+    """Token, confidence, and where asked for the runner-up's (N, 2 or 4), of hidden states (N, D), in float32.
+
+    float32 holds any id below 2**24.
+    """
+    config = model.config
+    logits = model.logits(hidden)
     if config.mask_token_id is not None:
         logits[:, config.mask_token_id] = -torch.inf  # a mask is no guess
-    draws = torch.cat([step.draws for step in steps]).to(logits.device)
     logits = logits[:, : config.tokenizer_size].float()
-    columns = [*guess(logits, decoding, draws)]
+    columns = [*guess(logits, decoding, draws.to(logits.device))]
     if decoding.runner_up:
         p = logits.softmax(dim=-1).scatter(1, columns[0][:, None], 0.0)
         columns += [p.argmax(dim=-1), p.amax(dim=-1)]
-    # one transfer for all; float32 holds any id below 2**24
-    rows = torch.stack([column.float() for column in columns], dim=1).tolist()
-    finite = all(row[1] == row[1] for row in rows)
-    require(finite, "The model's output is not a number; in float16 it may overflow, then bfloat16 or float32 works.")
-    found = iter([(int(t), c, (int(other[0]), other[1]) if other else None) for t, c, *other in rows])
-    return [[next(found) for _ in range(count)] for count in counts]
+    return torch.stack([column.float() for column in columns], dim=1)
+
+
+class Graphs:
+    """Passes of static shape, recorded once as CUDA graphs and replayed: a pass is one copy and one launch to the host.
+
+    A pass's shape is its rows (a power of 2), its width, and how many slots of the cache it reads (in steps of READ).
+    What fills up the rows stands in a spare row of the cache. Without `record` the passes run as they are, so that
+    their mathematics can be tested anywhere.
+    """
+
+    READ = 256
+
+    def __init__(self, record: bool = True):
+        self.record, self.cache, self.passes, self.pool = record, None, {}, None
+
+    def reserve(self, model: Qwen2, rows: int, length: int) -> KVCache:
+        """A cache of at least this size, and one spare row; recorded passes hold on to it."""
+        k = None if self.cache is None else self.cache.k
+        weight = model.lm_head.weight
+        if (
+            k is None
+            or k.shape[1] <= rows
+            or k.shape[2] < length
+            or (k.dtype, k.device) != (weight.dtype, weight.device)
+        ):
+            self.passes, self.pool, self.cache = {}, None, None  # let go of the old one first
+            self.cache = KVCache(model.config, rows + 1, round_up(length, self.READ), weight)
+            self.cache.clear(rows)
+        return self.cache
+
+    def run(
+        self,
+        model: Qwen2,
+        cache: KVCache,
+        rows: list[int],
+        steps: list[Pass],
+        wanted: list[int],
+        draws: Tensor,
+        decoding: Decoding,
+    ) -> Tensor:
+        """What `best_guesses` gives for the outputs `wanted` of the windows' pass."""
+        B, T, spare = 1 << (len(rows) - 1).bit_length(), len(steps[0].tokens), cache.k.shape[1] - 1
+        N = B * min(T, decoding.sub_block_size)  # no pass guesses more
+        whole = rows == list(range(B))
+        seen = round_up(max(step.start for step in steps) + T, decoding.block_size)
+        seen = min(round_up(seen, self.READ), cache.k.shape[2])
+        more = B - len(rows)
+        numbers = [token for step in steps for token in step.tokens] + [0] * (more * T)
+        numbers += [step.start for step in steps] + [0] * more
+        numbers += [*rows, *[spare] * more, *wanted, *[0] * (N - len(wanted))]
+        sampled = F.pad(draws, (0, N - len(draws))) if decoding.temperature else draws
+        given = torch.tensor(numbers)
+        key = (B, T, seen, whole, decoding.block_size, N, decoding.temperature, decoding.top_p, decoding.runner_up)
+        if key not in self.passes:
+            self.passes[key] = self.prepare(model, cache, given, sampled, B, T, N, seen, whole, decoding)
+        inputs, found, replay = self.passes[key]
+        for static, value in zip(inputs, (given, sampled)):
+            static.copy_(value, non_blocking=True)
+        return (replay() if found is None else (replay(), found)[1])[: len(wanted)]
+
+    def prepare(self, model, cache, given, sampled, B, T, N, seen, whole, decoding) -> tuple:
+        """Input tensors, output tensor, and what runs the pass; where nothing is recorded that returns the output."""
+        device = model.lm_head.weight.device
+        inputs = given.to(device), sampled.to(device)
+
+        def run() -> Tensor:
+            tokens, starts, rows, wanted = inputs[0].split([B * T, B, B, N])
+            positions = starts[:, None] + torch.arange(T, device=device)
+            ends = positions if T > decoding.block_size else positions[:, -1:]  # in one block all see the same slots
+            mask = block_causal_mask(ends, torch.arange(seen, device=device), decoding.block_size)[:, None]
+            read = slice(B) if whole else rows
+            store = partial(cache.update, rows=rows[:, None], positions=positions, read=(read, slice(seen)))
+            hidden = model(tokens.view(B, T), positions, mask, store)
+            return best_guesses(model, hidden.flatten(0, 1)[wanted], inputs[1], decoding)
+
+        if not self.record:
+            return inputs, None, run
+        stream = torch.cuda.Stream()  # recording needs kernels that have run before
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()  # writes what the replay will write once more
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            found = run()
+        self.pool = self.pool or graph.pool()
+        return inputs, found, graph.replay
+
+
+GRAPHS: WeakKeyDictionary[Qwen2, Graphs] = WeakKeyDictionary()  # of each model that has decoded
 
 
 @dataclass

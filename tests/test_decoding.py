@@ -13,7 +13,21 @@ import torch
 from conftest import ROOT, golden
 
 import fastdllm
-from fastdllm import CAUSAL, Decoding, InputError, KVCache, Memory, accept, decode, generate, guess, nucleus
+from fastdllm import (
+    CAUSAL,
+    GRAPHS,
+    Decoding,
+    Graphs,
+    InputError,
+    KVCache,
+    Memory,
+    accept,
+    attention,
+    decode,
+    generate,
+    guess,
+    nucleus,
+)
 
 CASES = golden("generate")["cases"]
 TRACES = {trace["id"]: trace["steps"] for trace in golden("traces")["traces"]}
@@ -284,6 +298,95 @@ def test_weights_that_give_no_numbers_are_reported(folders):
 
 def test_no_prompts_give_no_results(golden_models):
     assert generate(golden_models["untied"], [], Decoding()) == []
+
+
+# --- Static shapes ---
+
+
+@pytest.mark.parametrize("cache", ["block", "dual"])
+@pytest.mark.parametrize("size, sub, fuse", [(8, 4, False), (8, 2, True), (1, 1, False)])
+def test_recorded_passes_give_the_tokens_of_eager_ones(folders, monkeypatch, device, cache, size, sub, fuse):
+    model, _ = fastdllm.load(folders["untied"], device)
+    monkeypatch.setattr(Graphs, "READ", 16)  # so that one run meets several lengths
+    for temperature, prompts in (0.0, 1), (0.0, 7), (0.8, 5):
+        prompts = [prompt_of(random.Random(n), 3 + 5 * n) for n in range(prompts)]
+        knobs = Decoding(size, sub, 0.6, cache, 24, temperature, 0.9, seed=3, batch_size=3, fuse_commit=fuse)
+        GRAPHS.pop(model, None)
+        eager = generate(model, prompts, replace(knobs, cuda_graphs=False))
+        GRAPHS[model] = Graphs(record=device == "cuda")
+        assert generate(model, prompts, knobs) == eager
+        assert GRAPHS[model].passes  # they ran
+
+
+def test_groups_under_a_mask_equal_repeated_keys_on_cuda(device, rng):
+    q, k, v = (torch.randn(2, heads, 5, 16, generator=rng).to(device) for heads in (6, 2, 2))
+    for mask in (torch.rand(2, 1, 1, 5, generator=rng) < 0.7, torch.rand(2, 1, 5, 5, generator=rng) < 0.7):
+        mask[..., 0] = True
+        whole = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask.to(device))
+        torch.testing.assert_close(attention(q, k, v, mask.to(device)), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_logits_are_those_of_the_cpu(folders, device, dtype):
+    tokens, outputs = torch.arange(48)[None], []
+    for where, precision in (("cpu", "float32"), (device, dtype)):
+        model, _ = fastdllm.load(folders["untied"], where, precision)
+        with torch.inference_mode():
+            cache = KVCache(model.config, 1, 48, model.lm_head.weight)
+            outputs.append(model.logits(model.window(tokens.to(where), [0], cache, 8)).float().cpu())
+    near = 1e-3 if dtype == "float32" else 0.05 * outputs[0].abs().max().item()
+    assert (outputs[0] - outputs[1]).abs().max().item() < near
+
+
+# --- A fixed number of tokens a pass ---
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_so_many_guesses_are_kept_a_pass_the_most_confident_ones(golden_models, count):
+    knobs = Decoding(8, 4, 0.0, max_new_tokens=24, stop_token_ids=(), tokens_per_pass=count)
+    for step in decode(golden_models["untied"], [[1, 2, 3]], knobs):
+        assert len(step.revealed) == min(count, len(step.guessed))
+    assert accept([0.1, 0.9, 0.5, 0.9], 0.0, 2) == [1, 3] and accept([0.5, 0.5, 0.5], 1.0, 2) == [0, 1]
+
+
+# --- Fused commit ---
+
+
+@pytest.mark.parametrize("cache", ["none", "block", "dual"])
+def test_a_fused_commit_guesses_what_one_forward_over_both_blocks_gives(golden_models, cache):
+    model, mask = golden_models["tied"], golden_models["tied"].config.mask_token_id
+    knobs = Decoding(8, 4, 0.3, cache, 40, stop_token_ids=(), fuse_commit=True)
+    prompt = prompt_of(random.Random(2), 13)
+    tokens, fused = list(prompt), 0
+    for step in decode(model, [prompt], knobs):
+        if step.kind == "fused":
+            fused += 1
+            end = step.start + step.committed
+            given = tokens[:end] + [mask] * 8
+            with torch.inference_mode():
+                window = model.window(torch.tensor([given]), [0], KVCache(model.config, 1, 64, model.lm_head.weight), 8)
+                logits = model.logits(window[0])
+                logits[:, mask] = -torch.inf
+            confidence, guesses = logits[:, : model.config.tokenizer_size].softmax(-1).max(-1)
+            wanted = [i for i in range(end, end + 4) if i == end or confidence[i - 1] > 0.3]
+            assert [kept.position for kept in step.revealed] == wanted
+            assert [kept.token for kept in step.revealed] == [guesses[i - 1].item() for i in wanted]
+        for kept in step.revealed:
+            tokens += [None] * (kept.position + 1 - len(tokens))
+            tokens[kept.position] = kept.token
+    assert fused == 5 and len(tokens) >= 53
+
+
+def test_a_fused_commit_saves_a_pass_a_block_and_rows_stay_those_of_single_runs(golden_models):
+    model, prompts = golden_models["untied"], [prompt_of(random.Random(n), 3 + 4 * n) for n in range(6)]
+    plain = Decoding(8, 8, 1.0, max_new_tokens=33, stop_token_ids=(), batch_size=3)
+    fused = replace(plain, fuse_commit=True)
+    for cache in ("none", "block", "dual"):
+        knobs = replace(fused, cache=cache, threshold=0.5)
+        assert generate(model, prompts, knobs) == [generate(model, [prompt], knobs)[0] for prompt in prompts]
+    at_once = replace(plain, threshold=0.0)
+    slow, fast = (generate(model, prompts[:1], replace(at_once, fuse_commit=f))[0] for f in (False, True))
+    assert slow.passes == {"full": 5, "commit": 4} and fast.passes == {"full": 1, "fused": 4}
 
 
 # --- Memory ---
