@@ -732,6 +732,40 @@ def measured(model, tokenizer, problems: list[dict], prompts: list[list[int]], d
     return found | {"tokens_per_second": rates(results, seconds)["tokens_per_second"]} | asdict(decoding)
 
 
+def optional(kind):
+    """Like `numbers`, for an option that may be left out."""
+    return lambda context, parameter, text: text and numbers(kind)(context, parameter, text)
+
+
+@cli.command()
+@model_options
+@click.option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
+@click.option("--layers", type=click.IntRange(1), help="Cut the shape to so many layers.")
+@click.option("--decoders", default="ar,block,dual", show_default=True, help="Of ar, block, fused, dual and none.")
+@click.option("--thresholds", help="[default: 0.9]", callback=optional(float))
+@click.option(
+    "--tokens-per-pass", help="Instead of thresholds  [default: 3, of random weights]", callback=optional(int)
+)
+@click.option("--sub-block-sizes", default=f"{Decoding.sub_block_size}", show_default=True, callback=numbers(int))
+@click.option("--batch-sizes", default="1,4,16", show_default=True, callback=numbers(int))
+@click.option("--prompts", type=click.IntRange(1), help="How many  [default: a batch; of problems 4, at least 16]")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Random prompts  [default: problems, or 1024 tokens]")
+@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Longest answer.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved; medians are shown.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's]")
+@click.option("--seed", default=0, show_default=True, help="Of random prompts and weights.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+@reports_mistakes
+def bench(**options):
+    """Speed, memory and time of each pass: decoders x batch sizes, beside AR and the machine's limits."""
+    folder = Path(__file__).parent / "benchmarks"
+    require((folder / "speed.py").is_file(), "bench needs benchmarks/speed.py beside cli.py; run it in the repository.")
+    sys.path.insert(0, str(folder))
+    from speed import bench
+
+    bench(**options | {"decoders": options["decoders"].split(",")})
+
+
 @cli.command()
 @click.option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped checkpoint]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -29,11 +29,11 @@ def options_of(command: str) -> set[str]:
     if script == "cli.py":
         known: Command = cli.cli.commands[name]
     elif script == "train.py":
-        known = train.main
+        known = train.main.commands[name]
     else:
         text = (ROOT / script).read_text()
         return set(re.findall(r'"(--[\w-]+)"', text))
-    return {flag for option in known.params for flag in option.opts}
+    return {flag for option in known.params for flag in (*option.opts, *option.secondary_opts)}
 
 
 def test_nothing_is_left_to_fill_in():
@@ -49,9 +49,9 @@ def test_every_flag_and_command_in_running_text_exists():
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     known = {
         flag
-        for command in [*cli.cli.commands.values(), train.main]
+        for command in [*cli.cli.commands.values(), *train.main.commands.values()]
         for option in command.params
-        for flag in option.opts
+        for flag in (*option.opts, *option.secondary_opts)
     }
     known |= {"--help"}
     for code in re.findall(r"`([^`\n]+)`", text):

@@ -1,0 +1,141 @@
+"""Which dtype, how many threads, and what else could make a pass faster on this CPU: milliseconds of one pass.
+
+    python benchmarks/cpu_choices.py --json benchmarks/results/cpu_choices.json
+    python benchmarks/cpu_choices.py --shape 0.5b
+
+Windows of 1 token (AR), 8 (a sub-block) and 32 (a block) against 160 positions, batch 1, without the head. Besides the
+dtypes and thread counts: `packed`, one product for q, k and v and one for gate and up; `compiled`, the whole pass by
+torch.compile (a C++ compiler is needed; the seconds that compiling took stand beside it). `products` is what the matrix
+products of the pass take alone, one after the other: the rest of a pass is attention, small operations and overhead.
+"""
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from speed import build  # noqa: E402
+
+import cli  # noqa: E402
+import fastdllm  # noqa: E402
+from fastdllm import KVCache, block_causal_mask  # noqa: E402
+
+WINDOWS, PAST = (1, 8, 32), 128
+
+
+def milliseconds(work, seconds: float = 1.5) -> float:
+    """Median of as many runs as fit into the time, after a few that do not count."""
+    taken = []
+    for _ in range(3):
+        work()
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        began = time.perf_counter()
+        work()
+        taken.append(1000 * (time.perf_counter() - began))
+    return median(taken)
+
+
+def products(model: fastdllm.Qwen2, width: int):
+    """The matrix products of a pass, without what lies between them."""
+    inputs = {n: torch.randn(width, n, dtype=model.lm_head.weight.dtype) for n in sizes(model)}
+    layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    return lambda: [layer(inputs[layer.in_features]) for layer in layers]
+
+
+def sizes(model: fastdllm.Qwen2) -> set[int]:
+    return {m.in_features for m in model.model.layers.modules() if isinstance(m, nn.Linear)}
+
+
+def pack(model: fastdllm.Qwen2) -> None:
+    """One product for q, k and v, and one for gate and up: copies of the weights, side by side."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        weight, bias = torch.cat([p.weight for p in qkv]), torch.cat([p.bias for p in qkv])
+        cuts, parts = [p.out_features for p in qkv], {}
+
+        def first(x, weight=weight, bias=bias, cuts=cuts, parts=parts):
+            parts["q"], parts["k"], parts["v"] = F.linear(x, weight, bias).split(cuts, dim=-1)
+            return parts["q"]
+
+        attention.q_proj.forward = first
+        attention.k_proj.forward = lambda x, parts=parts: parts["k"]
+        attention.v_proj.forward = lambda x, parts=parts: parts["v"]
+        both = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+
+        def forward(x, both=both, down=mlp.down_proj):
+            gate, up = F.linear(x, both).chunk(2, dim=-1)
+            return down(F.silu(gate) * up)
+
+        mlp.forward = forward
+
+
+def static_pass(model: fastdllm.Qwen2, cache: KVCache, block_size: int, tokens, start):
+    """A window as `Graphs` runs it: positions are tensors, so that one compilation serves all of them."""
+    positions = start + torch.arange(tokens.shape[1])[None]
+    mask = block_causal_mask(positions[:, -1:], torch.arange(PAST + 32), block_size)[:, None]
+    read = slice(1), slice(PAST + 32)
+    row = torch.zeros(1, 1, dtype=torch.long)
+    return model(tokens, positions, mask, partial(cache.update, rows=row, positions=positions, read=read))
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.option("--model", default=str(cli.SHIPPED))
+@click.option("--shape", help="Random weights instead: 0.5b, 1.5b or 7b.")
+@click.option("--layers", type=int, help="Of the shape, fewer than it has.")
+@click.option("--threads", default="1,2", show_default=True)
+@click.option("--compile/--no-compile", "compiled", default=True, help="Also measure torch.compile.")
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Add the results to this file.")
+def main(model, shape, layers, threads, compiled, target):
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for count in map(int, threads.split(",")):
+            torch.set_num_threads(count)
+            network, _ = build(model, shape, layers, "cpu", dtype)
+            cache = KVCache(network.config, 1, PAST + 32, network.lm_head.weight)
+            cache.clear(0)
+            row = {"dtype": dtype, "threads": count}
+            for way in ("products", "eager", "packed", "compiled"):
+                if way == "packed":
+                    pack(network)
+                    continue_with = network
+                elif way == "compiled":
+                    if not compiled:
+                        continue
+                    continue_with, _ = build(model, shape, layers, "cpu", dtype)
+                else:
+                    continue_with = network
+                for width in WINDOWS:
+                    tokens, size = torch.randint(700, (1, width)), 1 if width == 1 else 32
+                    with torch.inference_mode():
+                        if way == "products":
+                            work = products(continue_with, width)
+                        elif way == "compiled":
+                            began, run = time.perf_counter(), torch.compile(static_pass, dynamic=False)
+                            work = partial(run, continue_with, cache, size, tokens, torch.tensor([[PAST]]))
+                            work()
+                            row[f"compiling {width}, s"] = round(time.perf_counter() - began, 1)
+                        else:
+                            work = partial(continue_with.window, tokens, [PAST], cache, size)
+                        row[f"{way} {width}"] = round(milliseconds(work), 3)
+            rows.append(row)
+            click.echo("  ".join(f"{key}: {value}" for key, value in row.items()))
+    if target:
+        found = json.loads(target.read_text()) if target.exists() else []
+        found.append(cli.environment() | {"model": shape or "shipped", "layers": layers, "ms": rows})
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
