@@ -94,7 +94,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Callable | None, c
     if mask is None or H == K or not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
     # CUDA's kernels know masks or groups, not both: the queries of a group become further rows of one product
-    mask = mask.expand(-1, -1, T, -1).repeat(1, 1, H // K, 1)
+    mask = mask.expand(-1, -1, T, -1).repeat(1, 1, H // K, 1)  # (B or 1, 1, H / K * T, S)
     return F.scaled_dot_product_attention(q.reshape(B, K, -1, d), k, v, attn_mask=mask).view(B, H, T, d)
 
 
@@ -1051,7 +1051,10 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
     files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
-    replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    try:
+        replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from None
     (folder / INDEX).unlink(missing_ok=True)  # it would name the files of an older checkpoint
     for name, content in files.items():
         replace_file(folder / name, partial(Path.write_bytes, data=content))

@@ -23,7 +23,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial, wraps
 from itertools import islice
@@ -113,7 +113,7 @@ def blockwise_attention(
 
     `seen` (B or 1, L, L) is the clean copy's own mask, None where blocks alone decide: a noisy query sees what a clean
     one sees, with its own view's block in place of the clean one. With n blocks it does about
-    (n + 2) / (2 n + 2) / (views + 1) of the dense mask's work.
+    (n + 1) / (2 n) / (views + 1) of the dense mask's work.
     """
     fold = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)  # views into rows
     noisy_q, noisy_k, noisy_v = (fold(x) if views else None for x in (q, k, v))  # (B * views, heads, L, d)
@@ -137,7 +137,9 @@ def blockwise_attention(
 
 @cache
 def compiled_flex() -> Callable:
-    return torch.compile(flex_attention)
+    """One kernel for each shape; with and without gradients, views, and the last batch's rows make a dozen of them."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
@@ -162,7 +164,7 @@ def training_attention(
         return partial(sparse_attention, block_mask=create_block_mask(sees, rows, None, side, side, device=device))
     dense = partial(training_mask, length, block_size, documents=documents, device=device)
     if kind == "dense":
-        return dense(views) if documents is None else dense(views)[:, None]
+        return dense(views).view(-1, 1, (views + 1) * length, (views + 1) * length)
     chunk = block_size if views else max(block_size, min(length, 32))  # without views blocks matter to the mask alone
     chunk = chunk if length % chunk == 0 else length
     seen = None if documents is None and chunk == block_size else dense(0).view(-1, length, length)
@@ -296,8 +298,15 @@ def causal_loss(model: Qwen2, tokens: Tensor, trainable: Tensor, documents: Tens
 
 
 def chat_document(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """ChatML of a conversation through its last answer; trainable is what the assistant wrote, with end and newline."""
+    """ChatML of a conversation through its last answer; trainable is what the assistant wrote, with end and newline.
+
+    Raises InputError for roles and contents that are none.
+    """
     tokens, trainable = [], []
+    for message in messages:
+        known = message["role"] in ("system", "user", "assistant", "tool")
+        require(known, f"the role {message['role']!r} is none of system, user, assistant and tool")
+        require(type(message["content"]) is str, f"the {message['role']}'s content is no text")
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     for before, turn in zip([-1, *answers], answers):
         # every turn begins with a special token, so that the pieces' tokens are those of the whole text
@@ -315,6 +324,7 @@ def read_documents(
 
     A broken line raises InputError naming it, or where `broken` is "skip", is named on standard error and left out.
     """
+    mask = tokenizer.id("|<MASK>|")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             progress(len(line))
@@ -331,7 +341,8 @@ def read_documents(
                     messages = record.get("messages") or [{"role": r, "content": record[key]} for r, key in roles]
                     document = chat_document(messages, tokenizer)
                 require(any(document[1]), "nothing of it is an assistant's, so nothing trains")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                require(mask not in document[0], "it holds the mask token, which only training may write")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 reason = error if isinstance(error, InputError) else f"no JSON object with messages or text ({error!r})"
                 require(broken == "skip", f"{path}, line {number}: {reason}; --broken skip leaves such lines out.")
                 print(f"{path}, line {number}: {reason}; skipped", file=sys.stderr)
@@ -350,7 +361,10 @@ class Corpus:
         """From files that stay on disk, mapped into memory."""
         mapped = partial(np.memmap, mode="r")
         tokens = mapped(folder / "tokens.bin", dtype=json.loads((folder / "meta.json").read_text())["dtype"])
-        return cls(tokens, mapped(folder / "trainable.bin", dtype=bool), np.load(folder / "offsets.npy"))
+        corpus = cls(tokens, mapped(folder / "trainable.bin", dtype=bool), np.load(folder / "offsets.npy"))
+        whole = corpus.offsets[-1] == len(corpus.tokens) == len(corpus.trainable)
+        require(whole, f"{folder}: its files do not belong together; remove it, and it is made anew.")
+        return corpus
 
     @property
     def lengths(self) -> np.ndarray:
@@ -371,13 +385,16 @@ class Corpus:
         name = hashlib.sha256(f"{tokenizer.system} {tokenizer.encoder.to_str()}".encode()).hexdigest()[:16]
         if data.is_dir():
             meta = read_json(data / "meta.json")
-            require(meta["tokenizer"] == name, f"{data}: was tokenised with another tokenizer; tokenise it anew.")
+            same = meta.get("tokenizer") == name
+            require(same, f"{data}: was not tokenised with this tokenizer; give its JSONL file.")
             return cls.open(data)
         status, dtype = data.stat(), "uint16" if len(tokenizer) <= 2**16 else "uint32"
         made_of = {"source": str(data.resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns}
         made_of |= {"tokenizer": name, "dtype": dtype, "broken": broken}
         if (folder / "meta.json").is_file() and made_of.items() <= read_json(folder / "meta.json").items():
             return cls.open(folder)
+        for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
+            shutil.rmtree(old, ignore_errors=True)
         part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         offsets = [0]
         bar = tqdm(total=status.st_size, desc=f"tokenising {data.name}", unit="B", unit_scale=True)
@@ -457,6 +474,7 @@ def endless_rows(lengths: np.ndarray, *how, seed: int) -> Iterator[list[Piece]]:
         rows = pack(lengths, *how, np.random.default_rng([seed, epoch]))
         require(rows, f"The data does not fill one row of {how[0]} positions; give more of it, or a lower --seq-len.")
         yield from rows
+        del rows  # before the next epoch's are there
         epoch += 1
 
 
@@ -513,30 +531,45 @@ def world_size() -> int:
 
 def total(values: list[float], device: torch.device) -> list[float]:
     """Sums over all processes."""
+    if not dist.is_initialized():
+        return values
     sums = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    dist.all_reduce(sums)
     return sums.tolist()
 
 
-def in_turn() -> None:
-    """Wait until all processes are here."""
+def wait_for_all() -> None:
+    """No process goes on before all are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def first_process(work: Callable[[], None]) -> None:
+    """Have the first process do something that the others wait for; a mistake it finds is everyone's."""
+    problem = [None]
+    if rank() == 0:
+        try:
+            work()
+        except (InputError, OSError) as error:
+            problem = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(problem)
+    require(problem[0] is None, problem[0])
 
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """This process's device, among those that `torchrun` started."""
+    local = os.environ.get("LOCAL_RANK")
+    if local and device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(local))  # before anything else touches a device
+        device = f"cuda:{local}"
     device = pick_device(device)
-    if "RANK" not in os.environ:
+    if local is None:
         yield device
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     # the others wait while the first one tokenises
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=24))
     try:
         yield device
     finally:
@@ -566,7 +599,9 @@ class Objective(nn.Module):
 def distribute(objective: Objective, parallel: str, recompute: bool) -> nn.Module:
     """As each process runs it: DDP, each with all weights, or FSDP2, each with its share of weights and optimiser.
 
-    Weights are float32 from here on. `recompute` keeps only the layers' inputs for the backward pass.
+    Weights are float32 from here on. `recompute` keeps only the layers' inputs for the backward pass. What lies between
+    the matrix products, the residual stream above all, is in the compute dtype under FSDP2, which sends the weights
+    around in it, and in float32 otherwise.
     """
     layers = objective.model.model.layers
     if recompute:
@@ -578,7 +613,8 @@ def distribute(objective: Objective, parallel: str, recompute: bool) -> nn.Modul
             fully_shard(module, mp_policy=policy)
     objective.float()
     if parallel == "ddp" and dist.is_initialized():
-        return DistributedDataParallel(objective)
+        # otherwise it groups gradients anew after the first step, and a run that was resumed adds in another order
+        return DistributedDataParallel(objective, find_unused_parameters=True)
     return objective
 
 
@@ -590,6 +626,27 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 def checkpoints(out: Path) -> list[Path]:
     """Finished ones, the oldest first."""
     return sorted((out / "checkpoints").glob("step-*"))
+
+
+def last_good(out: Path) -> str:
+    there = checkpoints(out)
+    return f"the last good one is {there[-1]}" if there else "there is none yet"
+
+
+def last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def same_run(out: Path, run: dict) -> None:
+    """Raises InputError where the folder holds another run's checkpoints: going on would mix the two."""
+    file = out / "run.json"
+    if checkpoints(out) and file.exists():
+        for name, value in read_json(file).items():
+            ok = run.get(name) == value
+            require(ok, f"{out}: holds a run with {name} {value}, not {run.get(name)}; take another --out.")
+    for old in (out / "checkpoints").glob(".*.tmp"):  # of a run that was killed
+        shutil.rmtree(old, ignore_errors=True)
+    replace_file(file, partial(Path.write_text, data=json.dumps(run, indent=2) + "\n"))
 
 
 def save_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, keep: int) -> None:
@@ -604,22 +661,18 @@ def save_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Opti
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        in_turn()
+        wait_for_all()
         whole = {"model": weights, "optimizer": state, "step": step}
         dcp.save(whole, checkpoint_id=part, no_dist=not dist.is_initialized())
         if rank() == 0:
             os.replace(part, place)
             for old in checkpoints(out)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
-        in_turn()
+        wait_for_all()
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
-        there = [str(path) for path in checkpoints(out)] or ["none"]
-        raise InputError(
-            f"{place}: the checkpoint cannot be written ({reason}); the last good one is {there[-1]}."
-        ) from None
+        raise InputError(f"{place}: the checkpoint cannot be written ({last_line(error)}); {last_good(out)}.") from None
 
 
 def load_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -628,7 +681,12 @@ def load_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Opti
         return 0
     weights, state = get_state_dict(objective, optimizer)
     whole = {"model": weights, "optimizer": state, "step": 0}
-    dcp.load(whole, checkpoint_id=there[-1], no_dist=not dist.is_initialized())
+    try:
+        dcp.load(whole, checkpoint_id=there[-1], no_dist=not dist.is_initialized())
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        raise InputError(
+            f"{there[-1]}: the checkpoint cannot be read ({last_line(error)}); remove it to go on from the one before."
+        ) from None
     set_state_dict(objective, optimizer, model_state_dict=whole["model"], optim_state_dict=whole["optimizer"])
     return whole["step"]
 
@@ -643,7 +701,7 @@ def save_result(out: Path, objective: nn.Module, model: Qwen2, tokenizer: Tokeni
         whole.load_state_dict({k.removeprefix("model."): w.to(dtype) for k, w in weights.items()}, assign=True)
         whole.tie()
         save(whole, tokenizer, out)
-    in_turn()
+    wait_for_all()
 
 
 # --- Training ---
@@ -651,7 +709,7 @@ def save_result(out: Path, objective: nn.Module, model: Qwen2, tokenizer: Tokeni
 
 @dataclass(frozen=True)
 class Training:
-    """How to train; the defaults are the paper's."""
+    """How to train; batch, length, rate, steps, warm-up, schedule and noise are the paper's, which names no others."""
 
     steps: int = 6000
     batch_size: int = 256  # rows a step, of all devices together
@@ -661,6 +719,7 @@ class Training:
     warmup: int = 500  # steps
     schedule: str = "constant"  # after the warm-up; or cosine, down to 0
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW, as is usual for language models
     clip: float = 1.0  # largest gradient norm
     ar_weight: float = 0.0  # of a causal loss beside the diffusion loss
     complement: bool = True  # train on view 2 as well
@@ -675,7 +734,7 @@ class Training:
     eval_rows: int = 64  # of it
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up from 0, then constant, or a cosine down to 0 at the last step."""
+        """Linear warm-up from 0, then constant, or a cosine that would be 0 a step after the last."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -757,7 +816,10 @@ class Trainer:
         decayed = [p for p in model.parameters() if p.dim() == 2]
         others = [p for p in model.parameters() if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=how.betas, fused=True)
+        if heldout:
+            rows = list(islice(self.rows(heldout, 0), round_up(how.eval_rows, share)))
+            self.looked_at = self.batch(heldout, rows, 0, 0)
 
     def rows(self, corpus: Corpus, seed: int) -> Iterator[list[Piece]]:
         return endless_rows(corpus.lengths, self.how.seq_len, self.size, self.how.packing, seed=seed)
@@ -799,8 +861,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on held-out rows, always the same ones with the same noise."""
-        rows = list(islice(self.rows(self.heldout, 0), round_up(self.how.eval_rows, world_size())))
-        batch = self.batch(self.heldout, rows, 0, 0)
+        batch = self.looked_at
         sums, counts = {kind: [0.0, 0.0] for kind in self.kinds}, self.target_counts(batch)
         for part in batch.split(self.how.micro_batch):
             for kind in self.kinds:
@@ -816,9 +877,8 @@ class Trainer:
         how, log = self.how, out / "metrics.jsonl"
         done = load_checkpoint(out, self.objective, self.optimizer)
         if rank() == 0:  # what was logged after the checkpoint is run again
-            lines = log.read_text().splitlines() if log.exists() else []
-            kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done)
-            replace_file(log, partial(Path.write_text, data=kept))
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            replace_file(log, partial(Path.write_text, data="".join(lines[:done])))
         order = self.rows(self.corpus, how.seed)
         for _ in range(done * how.batch_size):
             next(order)
@@ -833,10 +893,10 @@ class Trainer:
                 if not all(map(math.isfinite, (norm, *losses.values()))):
                     documents = sorted({document for row in rows for document, _, _ in row})
                     some = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
-                    there = [str(path) for path in checkpoints(out)] or ["none yet"]
                     raise InputError(
                         f"step {step + 1}: the loss is no number any more ({losses}, gradient norm {norm}); its batch "
-                        f"holds documents {some}. The last checkpoint is {there[-1]}; a lower --lr may help."
+                        f"holds documents {some} (of the tokenised data, from 0). Of checkpoints, {last_good(out)}; a "
+                        "lower --lr may help."
                     )
                 for group in self.optimizer.param_groups:
                     group["lr"] = how.learning_rate(step)
@@ -848,7 +908,10 @@ class Trainer:
                 last = step + 1 == how.steps
                 if self.heldout and ((step + 1) % how.eval_every == 0 or last):
                     record |= self.evaluate()
-                file.write(json.dumps(record) + "\n")
+                try:
+                    file.write(json.dumps(record) + "\n")
+                except OSError as error:
+                    raise InputError(f"{log}: cannot be written ({error.strerror}); {last_good(out)}.") from None
                 bar.update()
                 shown = {name: f"{value:.3f}" for name, value in record.items() if name.endswith("loss")}
                 bar.set_postfix(shown | {"tokens/s": f"{record['tokens'] / seconds:,.0f}"}, refresh=False)
@@ -865,6 +928,7 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
     apart = how.packing == "documents"
     rows = endless_rows(corpus.lengths, how.seq_len, size, how.packing, seed=how.seed)
     batch = lay_out(corpus, [next(islice(rows, row, None))], how.seq_len, tokenizer.id("|<MASK>|"), apart)
+    require(batch.trainable.any(), f"Row {row} has nothing that trains; show another --row.")
     draw_noise(batch, size, [how.seed, 0, row])
     views = [batch.masked[0], (batch.trainable & ~batch.masked)[0]][: 1 + how.complement]
     targets = targets_of(batch.trainable, batch.documents)[0]
@@ -932,8 +996,10 @@ def sentences(command: Callable) -> Callable:
             return command(*args, **kwargs)
         except (InputError, OSError) as error:
             mistake = click.ClickException(str(error))
-            mistake.exit_code = 2
-            raise mistake from None
+        except torch.OutOfMemoryError:
+            mistake = click.ClickException("The device's memory is full; --micro-batch 1 and --recompute need less.")
+        mistake.exit_code = 2
+        raise mistake
 
     return run
 
@@ -998,15 +1064,22 @@ def train(objective, folder, data, out, heldout, from_scratch, block_size, broke
             tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
         trained = model.config.block_size
         size = 1 if objective == "ar" else block_size or (trained if trained > 1 else 32)
+        require(objective == "ar" or size > 1, "--block-size 1 is autoregressive; `train.py ar` trains that.")
         mask = tokenizer.id("|<MASK>|") if model.config.mask_token_id is None else model.config.mask_token_id
         model.config = replace(model.config, block_size=size, mask_token_id=mask)
         out.mkdir(parents=True, exist_ok=True)
-        if rank() == 0:
+        resumable = {"steps", "micro_batch", "parallel", "recompute", "save_every", "keep", "eval_every", "eval_rows"}
+        run = {"objective": objective, "model": str(folder), "data": str(data), "block_size": size}
+        run |= {name: value for name, value in asdict(how).items() if name not in resumable | {"betas"}}
+
+        def prepare():
+            same_run(out, run)
             Corpus.prepare(data, tokenizer, out / "tokens", broken)
             heldout and Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
-        in_turn()
-        corpus = Corpus.prepare(data, tokenizer, out / "tokens", broken)
-        heldout = heldout and Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
+
+        first_process(prepare)
+        there = lambda source, name: Corpus.open(source if source.is_dir() else out / name)
+        corpus, heldout = there(data, "tokens"), heldout and there(heldout, "heldout")
         kinds = {"ar": 1.0} if objective == "ar" else {"diffusion": 1.0}
         if objective == "adapt" and how.ar_weight:
             kinds["ar"] = how.ar_weight
@@ -1044,6 +1117,7 @@ def show_command(folder, data, row, block_size, **how):
     ok = how.seq_len % size == 0
     require(ok, f"--seq-len {how.seq_len} is no multiple of the block size {size}.")
     documents = list(islice(read_documents(data, tokenizer, "skip"), 500))  # enough to fill rows
+    require(documents, f"{data}: holds no documents.")
     offsets = np.cumsum([0, *(len(tokens) for tokens, _ in documents)])
     corpus = Corpus(*(np.concatenate(column) for column in zip(*documents)), offsets)
     for line in show(corpus, tokenizer, size, how, row):

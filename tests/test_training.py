@@ -104,6 +104,12 @@ def test_sparse_attention_runs_every_tile_in_which_something_is_seen():
     assert long.sparsity() > 70  # percent of the tiles that are skipped
 
 
+def test_the_dense_mask_has_the_form_that_grouped_heads_need():
+    for documents, rows in (None, 1), (PACKED, 2):
+        mask = training_attention("dense", 160, 32, 2, documents, torch.device("cpu"))
+        assert mask.shape == (rows, 1, 480, 480)
+
+
 def test_documents_see_only_themselves():
     mask = training_mask(160, 32, 2, PACKED)
     apart = PACKED.repeat(1, 3)[:, :, None] == PACKED.repeat(1, 3)[:, None]
@@ -285,6 +291,13 @@ def test_text_trains_whole_and_ends_with_its_end_token(tmp_path, shipped):
 
 
 BROKEN = ["{", "[]", '{"messages": 3}', '{"question": "?"}', '{"text": 3}', '{"messages": [{"role": "user"}]}', "\xff"]
+BROKEN += [
+    '{"text": "|<MASK>|"}',
+    '{"question": "?", "answer": null}',
+    '{"question": ["?"], "answer": "!"}',
+    "[" * 10**5,
+]
+BROKEN += ['{"messages": [{"role": "Assistant", "content": "!"}]}']
 
 
 @pytest.mark.parametrize("line", [*BROKEN, '{"messages": [{"role": "user", "content": "?"}]}'])
@@ -316,7 +329,7 @@ def test_data_is_tokenised_once_and_anew_when_it_changes(tmp_path, shipped, monk
         Corpus.prepare(tmp_path / "data.jsonl", tokenizer, tmp_path / "tokens")
         Corpus.prepare(tmp_path / "tokens", tokenizer, tmp_path / "elsewhere")
         other = type(tokenizer)(tokenizer.encoder, "Be brief.", {})
-        with pytest.raises(InputError, match="another tokenizer"):
+        with pytest.raises(InputError, match="not tokenised with this tokenizer"):
             Corpus.prepare(tmp_path / "tokens", other, tmp_path / "elsewhere")
     with open(tmp_path / "data.jsonl", "a") as file:
         file.write('{"question": "?", "answer": "!"}\n')
@@ -562,6 +575,25 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_st
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
 
 
+def test_a_folder_with_another_run_or_a_damaged_checkpoint_is_refused(tmp_path):
+    out = tmp_path / "out"
+    run = lambda *more, **options: subprocess.run(
+        [sys.executable, *command(tmp_path, "adapt", out=out, **options)], capture_output=True, text=True
+    )
+    assert run(steps=2).returncode == 0
+    before = (out / "model.safetensors").read_bytes()
+    other = run(steps=4, seed=1)
+    assert other.returncode == 2 and "holds a run with seed 0, not 1" in other.stderr
+    assert (out / "model.safetensors").read_bytes() == before
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "tok')  # torn by a full disk
+    assert run(steps=3).returncode == 0 and [record["step"] for record in metrics(out)] == [1, 2, 3]
+    for part in train.checkpoints(out)[-1].glob("*.distcp"):
+        part.unlink()
+    damaged = run(steps=4)
+    assert damaged.returncode == 2 and "cannot be read" in damaged.stderr and "Traceback" not in damaged.stderr
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
@@ -570,6 +602,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_st
         ({"model": "nowhere"}, "nowhere: no such folder"),
         ({"packing": "original", "seq-len": 65536}, "does not fill one row of 65536"),
         ({"out": "data.jsonl"}, "data.jsonl"),
+        ({"block-size": 1}, "--block-size 1 is autoregressive"),
     ],
     ids=str,
 )
@@ -587,6 +620,12 @@ def test_show_prints_a_row_as_it_trains():
         assert int(output) == int(position) - 1  # token shift
     views = [{line[0] for line in table if line[-1] == view} for view in "12"]
     assert not views[0] & views[1]  # the complement
+
+
+def test_show_says_where_there_is_nothing_to_show(tmp_path):
+    (tmp_path / "data.jsonl").write_text("{\n")
+    shown = CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")])
+    assert shown.exit_code == 2 and "holds no documents" in shown.output
 
 
 def test_presets_are_the_papers_and_options_override_them(monkeypatch):
