@@ -437,9 +437,9 @@ def trainer(tmp_path, shipped):
     """A trainer of a fresh copy of the shipped checkpoint."""
     corpus = prepared(tmp_path, shipped[1])
 
-    def make(**how):
+    def make(device="cpu", **how):
         how = {"seq_len": 64, "batch_size": 4, "compute": "float32", "steps": 3, "lr": 1e-3, "warmup": 0} | how
-        model = load(ROOT / "tiny" / "checkpoint", "cpu")[0]
+        model = load(ROOT / "tiny" / "checkpoint", device)[0]
         return Trainer({"diffusion": 1.0, "ar": 0.5}, model, corpus, corpus, Training(**how))
 
     return make
@@ -456,6 +456,33 @@ def test_accumulation_and_recomputing_give_the_large_batchs_gradient(trainer, ho
     (losses, expected), (other, got) = gradients(trainer(micro_batch=1)), gradients(trainer(**how))
     assert other == pytest.approx(losses, rel=1e-5)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "ar"])
+def test_the_chosen_attention_gives_the_dense_masks_gradient(device, rng, objective):
+    model, results = load(ROOT / "tiny" / "checkpoint", device)[0], []
+    tokens, trainable = example(rng, L=160)
+    masked = complementary_noise(trainable, 32, rng)
+    data = [x.to(device) for x in (tokens, trainable, masked, PACKED)]
+    for kind in ("auto", "dense"):
+        model.zero_grad()
+        if objective == "ar":
+            hidden, targets = train.causal_outputs(model, data[0], data[1], data[3], kind)
+            loss = score(model, hidden, targets)[0] / len(targets)
+        else:
+            loss = training_loss(model, *data[:2], 32, *data[2:], attention=kind)
+        loss.backward()
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-2)
+
+
+def test_a_run_on_a_device_goes_on_in_bfloat16_with_recomputation(trainer, tmp_path, device):
+    how = {"compute": "bfloat16", "recompute": True, "save_every": 1, "eval_every": 1}
+    trainer(device, steps=2, **how).run(tmp_path)
+    trainer(device, steps=4, **how).run(tmp_path)
+    records = metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[-1]["heldout_diffusion_loss"] < records[0]["heldout_diffusion_loss"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(trainer, tmp_path):
