@@ -701,15 +701,16 @@ class Graphs:
 
         if not self.record:
             return inputs, None, run
-        stream = torch.cuda.Stream()  # recording needs kernels that have run before
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                run()  # writes what the replay will write once more
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            found = run()
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()  # recording needs kernels that have run before
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    run()  # writes what the replay will write once more
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                found = run()
         self.pool = self.pool or graph.pool()
         return inputs, found, graph.replay
 
