@@ -1,11 +1,15 @@
 """Fixtures: the golden checkpoints, the golden vectors, and the shipped checkpoint."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# several OpenMP threads wait for each other where anything else wants a core; subprocesses inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny"), str(Path(__file__).parent)]
