@@ -49,8 +49,8 @@ with suppress(ImportError):  # a history and editing keys for `input`, where the
 TEMPLATE = Path(__file__).parent / "viewer" / "trace.html"
 SHIPPED = Path(__file__).parent / "tiny" / "checkpoint"
 SAMPLE = (
-    "Otto has 5 boxes with 5 buttons in each. Lily gives Otto 8 more. He shares them equally among 3 friends. "
-    "How many buttons does each friend get?"
+    "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She shares them "
+    "equally among 6 friends. How many cards does each friend get?"
 )
 
 

@@ -14,7 +14,8 @@ import click
 from problems import problems
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-WORDS = Regex(r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+")
+WORDS = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
+DIGITS = WORDS.replace(r"\p{N}{1,2}", r"\p{N}")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -22,11 +23,11 @@ TEMPLATE = (
 )
 
 
-def build(sample=20000):
+def build(words=WORDS, sample=20000):
     """The tokenizer, from a fixed sample of the training problems; the special tokens come last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(WORDS, "isolated")
+    split = pre_tokenizers.Split(Regex(words), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     texts = [f"{p['question']}\n{p['answer']}" for p in islice(problems("train", 0), sample)]
@@ -42,9 +43,10 @@ def build(sample=20000):
 
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
-def main(folder):
+@click.option("--digits", is_flag=True, help="A token for each digit, to see what a token for each number is worth.")
+def main(folder, digits):
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build()
+    tokenizer = build(DIGITS if digits else WORDS)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # so that others cut words as tokenizer.json says
