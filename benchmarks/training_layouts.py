@@ -9,6 +9,7 @@ all see the same rows, a third of them prompts, and must give the same loss.
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -108,6 +109,7 @@ def main(threads, target, one, **how):
     losses = [row["loss"] for row in rows if "loss" in row]
     click.echo(f"losses agree to {max(losses) - min(losses):.1e}")
     if target:
+        how["model"] = os.path.relpath(how["model"])
         target.write_text(json.dumps(cli.environment() | how | {"rows": rows}, indent=1) + "\n")
 
 

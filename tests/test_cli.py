@@ -45,7 +45,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(shipped):
 def test_without_a_prompt_the_sample_problem_is_shown_and_solved():
     result = run(stdin="")
     assert cli.SAMPLE in result.stderr
-    assert final_answer(result.stdout) == "11"
+    assert final_answer(result.stdout) == "14"
 
 
 def test_the_prompt_may_be_piped_in():
@@ -164,7 +164,7 @@ def test_latin_1_bytes_in_a_file_and_a_closed_standard_input(tmp_path):
     assert "line 1: not valid JSON" in mistake("--input", tmp_path / "in.jsonl")
     command = f"{sys.executable} {ROOT / 'cli.py'} generate --device cpu <&-"
     closed = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert closed.returncode == 0 and final_answer(closed.stdout) == "11"
+    assert closed.returncode == 0 and final_answer(closed.stdout) == "14"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
