@@ -49,7 +49,7 @@ class Bench:
 
     def score(self, **knobs) -> dict:
         """Accuracy and tokens per forward over all problems."""
-        results = generate(self.model, self.prompts, Decoding(max_new_tokens=96, **knobs))
+        results = generate(self.model, self.prompts, Decoding(max_new_tokens=128, **knobs))
         return cli.scores([cli.verdict(p, r, self.tokenizer) for p, r in zip(self.problems, results)])
 
     def speeds(self, ways: dict, count: int) -> dict[object, dict]:
@@ -69,7 +69,7 @@ class Bench:
 
 
 def thresholds(bench: Bench, count: int) -> dict:
-    values, subs, knobs = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0], [8, 32], {"max_new_tokens": 96, "batch_size": 1}
+    values, subs, knobs = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0], [8, 32], {"max_new_tokens": 128, "batch_size": 1}
     ways = {(n, t): Decoding(threshold=t, sub_block_size=n, **knobs) for n in subs for t in values}
     speeds = bench.speeds(ways | {"AR": Decoding(block_size=1, **knobs)}, count)
     rows = [
@@ -102,7 +102,7 @@ def blocks(bench: Bench, count: int) -> dict:
 def batches(bench: Bench, count: int) -> dict:
     rows = []
     for size in tqdm([1, 2, 4, 8, 16, 32], "batch sizes"):
-        knobs = {"max_new_tokens": 96, "batch_size": size}
+        knobs = {"max_new_tokens": 128, "batch_size": size}
         ways = {"AR": Decoding(block_size=1, **knobs)}
         for sub in (8, 32):
             ways[f"block, sub-block {sub}"] = Decoding(sub_block_size=sub, **knobs)
@@ -114,7 +114,7 @@ def batches(bench: Bench, count: int) -> dict:
 
 def lengths(bench: Bench, count: int) -> dict:
     """Seconds of each answer alone, by its length; only answers that AR and block diffusion give alike."""
-    ways = {"AR": Decoding(block_size=1, max_new_tokens=96), "block": Decoding(max_new_tokens=96)}
+    ways = {"AR": Decoding(block_size=1, max_new_tokens=128), "block": Decoding(max_new_tokens=128)}
     groups = {}
     for prompt in tqdm(bench.prompts[: 2 * count], "answer lengths"):
         seconds = {name: [] for name in ways}
