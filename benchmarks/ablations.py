@@ -66,7 +66,7 @@ def main(parent, data, work, count, out):
         source = tokens if tokens.exists() else data
         if not (folder / "model.safetensors").exists():
             run("train.py", "adapt", "--model", parent, "--data", source, "--out", folder, *flags(options))
-            if not tokens.exists():
+            if (folder / "tokens").exists() and not tokens.exists():
                 os.rename(folder / "tokens", tokens)
         row = {"name": name, "changes": changes, "tokens": options["steps"] * RECIPE["batch-size"] * RECIPE["seq-len"]}
         for decoder, how in DECODERS.items():

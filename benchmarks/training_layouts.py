@@ -65,6 +65,9 @@ def measure(way: str, model: str, shape: str | None, device: str, rows: int, seq
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
     before, seconds = peak_mib(where), []
+    if where.type == "cuda":  # what building the model took does not count
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where) / 2**20
     for _ in range(steps + 1):
         began = time.perf_counter()
         with torch.autocast(where.type, torch.bfloat16):
