@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -542,8 +542,10 @@ def _decode(
     if weight.is_cuda:
         GRAPHS.setdefault(model, Graphs())
     graphs = GRAPHS.get(model) if decoding.cuda_graphs and decoding.cache != "none" and not memory else None
+    graphs = graphs if graphs and graphs.user() is None else None  # another decoding, half way, keeps its cache
     if graphs:
-        cache = graphs.reserve(model, places, length)
+        cache, token = graphs.reserve(model, places, length), Row(0, None, None)
+        graphs.user = ref(token)  # for as long as this generator lives
     else:
         cache = memory and memory.cache or KVCache(model.config, places, length, weight)
         cache.grow(length)
@@ -638,6 +640,7 @@ class Graphs:
 
     def __init__(self, record: bool = True):
         self.record, self.cache, self.passes, self.pool = record, None, {}, None
+        self.user = lambda: None  # what decodes with the cache now
 
     def reserve(self, model: Qwen2, rows: int, length: int) -> KVCache:
         """A cache of at least this size, and one spare row; recorded passes hold on to it."""

@@ -583,8 +583,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.complement, self.compute = model, complement, compute
 
-    def forward(self, kind: str, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Sum of the cross entropies, right guesses, and number of targets; kind is diffusion or ar."""
+    def forward(self, kind: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the cross entropies, and number of right guesses; kind is diffusion or ar."""
         model, data = self.model, (batch.tokens, batch.trainable)
         with torch.autocast(batch.tokens.device.type, self.compute, enabled=self.compute != torch.float32):
             if kind == "ar":
@@ -593,7 +593,7 @@ class Objective(nn.Module):
                 hidden, targets = diffusion_outputs(
                     model, *data, batch.masked, batch.documents, complement=self.complement
                 )
-            return *score(model, hidden, targets), len(targets)
+            return score(model, hidden, targets)
 
 
 def distribute(objective: Objective, parallel: str, recompute: bool) -> nn.Module:
@@ -839,21 +839,18 @@ class Trainer:
         counts = [targets_of(flags[kind], batch.documents).sum().item() for kind in self.kinds]
         return dict(zip(self.kinds, total(counts, self.device)))
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch, backward: bool = True) -> dict[str, float]:
         """Gradients of one step, as if all its rows had run at once; loss and accuracy of each kind."""
         counts, sums = self.target_counts(batch), {kind: [0.0, 0.0] for kind in self.kinds}
-        parts = [(kind, part) for part in batch.split(self.how.micro_batch) for kind in self.kinds]
-        for i, (kind, part) in enumerate(parts):
-            ddp = isinstance(self.objective, DistributedDataParallel)
-            with self.objective.no_sync() if ddp and i + 1 < len(parts) else nullcontext():
-                loss, right, _ = self.objective(kind, part.to(self.device))
-                # DDP and FSDP average over processes, the loss is a sum over them
-                weight = self.kinds[kind] * world_size() / max(1, counts[kind])
-                (loss * weight).backward()
+        parts = [part.to(self.device) for part in batch.split(self.how.micro_batch)]
+        runs = [(kind, part) for part in parts for kind in self.kinds]
+        ddp = isinstance(self.objective, DistributedDataParallel)
+        for i, (kind, part) in enumerate(runs):
+            with self.objective.no_sync() if ddp and i + 1 < len(runs) else nullcontext():
+                loss, right = self.objective(kind, part)
+                if backward:  # DDP and FSDP average over processes, the loss is a sum over them
+                    (loss * self.kinds[kind] * world_size() / max(1, counts[kind])).backward()
             sums[kind] = [sums[kind][0] + loss.detach(), sums[kind][1] + right]
-        return self.averages(sums, counts)
-
-    def averages(self, sums: dict[str, list], counts: dict[str, float]) -> dict[str, float]:
         flat = total([float(value) for kind in self.kinds for value in sums[kind]], self.device)
         names = [(kind, name) for kind in self.kinds for name in ("loss", "accuracy")]
         return {f"{kind}_{name}": value / max(1, counts[kind]) for (kind, name), value in zip(names, flat)}
@@ -861,13 +858,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on held-out rows, always the same ones with the same noise."""
-        batch = self.looked_at
-        sums, counts = {kind: [0.0, 0.0] for kind in self.kinds}, self.target_counts(batch)
-        for part in batch.split(self.how.micro_batch):
-            for kind in self.kinds:
-                loss, right, _ = self.objective(kind, part.to(self.device))
-                sums[kind] = [sums[kind][0] + loss, sums[kind][1] + right]
-        return {f"heldout_{name}": value for name, value in self.averages(sums, counts).items()}
+        return {f"heldout_{name}": value for name, value in self.step(self.looked_at, backward=False).items()}
 
     def run(self, out: Path) -> None:
         """Train to the last step, from the last checkpoint in `out` if there is one.

@@ -109,25 +109,25 @@ def main(model, shape, layers, threads, compiled, target):
             for way in ("products", "eager", "packed", "compiled"):
                 if way == "packed":
                     pack(network)
-                    continue_with = network
+                    tried = network
                 elif way == "compiled":
                     if not compiled:
                         continue
-                    continue_with, _ = build(model, shape, layers, "cpu", dtype)
+                    tried, _ = build(model, shape, layers, "cpu", dtype)
                 else:
-                    continue_with = network
+                    tried = network
                 for width in WINDOWS:
                     tokens, size = torch.randint(700, (1, width)), 1 if width == 1 else 32
                     with torch.inference_mode():
                         if way == "products":
-                            work = products(continue_with, width)
+                            work = products(tried, width)
                         elif way == "compiled":
                             began, run = time.perf_counter(), torch.compile(static_pass, dynamic=False)
-                            work = partial(run, continue_with, cache, size, tokens, torch.tensor([[PAST]]))
+                            work = partial(run, tried, cache, size, tokens, torch.tensor([[PAST]]))
                             work()
                             row[f"compiling {width}, s"] = round(time.perf_counter() - began, 1)
                         else:
-                            work = partial(continue_with.window, tokens, [PAST], cache, size)
+                            work = partial(tried.window, tokens, [PAST], cache, size)
                         row[f"{way} {width}"] = round(milliseconds(work), 3)
             rows.append(row)
             click.echo("  ".join(f"{key}: {value}" for key, value in row.items()))

@@ -318,6 +318,19 @@ def test_recorded_passes_give_the_tokens_of_eager_ones(folders, monkeypatch, dev
         assert GRAPHS[model].passes  # they ran
 
 
+def test_two_decodings_at_once_do_not_share_the_recorded_passes_cache(folders, device):
+    model, _ = fastdllm.load(folders["untied"], device)
+    GRAPHS[model] = Graphs(record=device == "cuda")
+    knobs = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=())
+    prompts = [prompt_of(random.Random(n), 19) for n in (1, 2)]
+    alone = [generate(model, [prompt], replace(knobs, cuda_graphs=False))[0].tokens for prompt in prompts]
+    tokens = [[], []]
+    for steps in itertools.zip_longest(*(decode(model, [prompt], knobs) for prompt in prompts)):
+        for row, step in zip(tokens, steps):
+            row += step.final if step else []
+    assert tokens == alone and GRAPHS[model].user() is None
+
+
 def test_groups_under_a_mask_equal_repeated_keys_on_cuda(device, rng):
     q, k, v = (torch.randn(2, heads, 5, 16, generator=rng).to(device) for heads in (6, 2, 2))
     for mask in (torch.rand(2, 1, 1, 5, generator=rng) < 0.7, torch.rand(2, 1, 5, 5, generator=rng) < 0.7):
