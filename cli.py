@@ -36,6 +36,7 @@ from fastdllm import (
     check_prompt,
     decode,
     load,
+    prepack,
     read_checkpoint,
     read_json,
     replace_file,
@@ -145,12 +146,21 @@ def decoding_options(command):
 def model_options(command):
     """Which checkpoint, where and in which precision."""
     for option in [
+        click.option(
+            "--prepack/--no-prepack", "packed", default=True, show_default=True, help="CPU: weights in oneDNN's order."
+        ),
         click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps."),
         click.option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped checkpoint]"),
     ]:
         command = option(command)
     return command
+
+
+def open_model(model: str, device: str, dtype: str, packed: bool) -> tuple[Qwen2, Tokenizer | None]:
+    """Model and tokenizer, for decoding."""
+    network, tokenizer = load(model, device, dtype)
+    return prepack(network) if packed else network, tokenizer
 
 
 # --- Prompts ---
@@ -292,7 +302,9 @@ def cli():
 @click.option("--watch", "live", is_flag=True, help="Draw the block in work, coloured by pass, in a terminal.")
 @click.option("--trace", help="Write a page that replays the passes to this HTML file.")
 @reports_mistakes
-def generate(prompt, model, device, dtype, system, raw, prompt_ids, source, target, as_json, live, trace, **knobs):
+def generate(
+    prompt, model, device, dtype, packed, system, raw, prompt_ids, source, target, as_json, live, trace, **knobs
+):
     """Answer PROMPT, or what is piped in, or a sample problem."""
     given = sum(value is not None for value in (prompt, prompt_ids, source))
     require(given < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
@@ -317,7 +329,7 @@ def generate(prompt, model, device, dtype, system, raw, prompt_ids, source, targ
             click.echo(f"{prompt}\n", err=True)
         records = {"": {"prompt": prompt}}
 
-    network, tokenizer = load(model, device, dtype)
+    network, tokenizer = open_model(model, device, dtype, packed)
     decoding = decoding.resolve(network.config)
     prompts = encode_prompts(records, tokenizer, decoding, network.config, system=system, raw=raw)
     warn_of_block_size(network.config, decoding)
@@ -620,7 +632,7 @@ def trace_page(tokenizer: Tokenizer | None, prompt, steps: list[Pass], result: R
 @click.option("--output", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write each answer to JSONL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @reports_mistakes
-def evaluate(problems, model, device, dtype, count, instruction, paper_prompt, target, as_json, **knobs):
+def evaluate(problems, model, device, dtype, packed, count, instruction, paper_prompt, target, as_json, **knobs):
     """Accuracy on PROBLEMS, JSONL with `question` (or `messages`) and `answer`; default: the shipped held-out set.
 
     The answer is the last \\boxed{}, else what follows the last ####, else the last number. With --output, a run that
@@ -629,7 +641,7 @@ def evaluate(problems, model, device, dtype, count, instruction, paper_prompt, t
     decoding = Decoding(**knobs)
     require(not (paper_prompt and instruction), "--paper-prompt and --instruction exclude one another; give one.")
     problems = read_problems(problems, count, "\n" + PAPER_PROMPT if paper_prompt else instruction)
-    network, tokenizer = load(model, device, dtype)
+    network, tokenizer = open_model(model, device, dtype, packed)
     decoding = decoding.resolve(network.config)
     prompts = encode_prompts(problems, tokenizer, decoding, network.config)
     problems = list(problems.values())
@@ -680,15 +692,15 @@ def numbers(kind):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @reports_mistakes
 def sweep(
-    problems, model, device, dtype, thresholds, block_sizes, sub_block_sizes, caches, count, instruction, max_drop,
-    as_json, **knobs,
+    problems, model, device, dtype, packed, thresholds, block_sizes, sub_block_sizes, caches, count, instruction,
+    max_drop, as_json, **knobs,
 ):  # fmt: skip
     """Accuracy and speed of thresholds x block sizes x sub-block sizes x caches, beside AR of the same weights.
 
     Rows marked * are the best choices: no other is both faster and better.
     """
     problems = read_problems(problems, count, instruction)
-    network, tokenizer = load(model, device, dtype)
+    network, tokenizer = open_model(model, device, dtype, packed)
     choices = [Decoding(block_size=1, **knobs).resolve(network.config)]
     for size, sub, cache in itertools.product(block_sizes or [network.config.block_size], sub_block_sizes, caches):
         if size > 1 and sub > 0 and size % sub == 0:
@@ -800,13 +812,13 @@ def info(model, as_json):
 @decoding_options
 @click.option("--system", help="System message.")
 @reports_mistakes
-def chat(model, device, dtype, system, **knobs):
+def chat(model, device, dtype, packed, system, **knobs):
     """Talk with a model: /clear, /system TEXT, /stats, /save FILE, /exit.
 
     Finished blocks stay in the cache from turn to turn, so a turn pays only for what is new. Ctrl-C stops an answer.
     """
     decoding = Decoding(**knobs)
-    network, tokenizer = load(model, device, dtype)
+    network, tokenizer = open_model(model, device, dtype, packed)
     require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
     decoding = decoding.resolve(network.config)
     warn_of_block_size(network.config, decoding)

@@ -91,10 +91,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Callable | None, c
     if callable(mask):
         return mask(q, k, v)
     (B, H, T, d), K = q.shape, k.shape[1]
-    if mask is None or H == K or not q.is_cuda:
+    if causal or H == K:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
-    # CUDA's kernels know masks or groups, not both: the queries of a group become further rows of one product
-    mask = mask.expand(-1, -1, T, -1).repeat(1, 1, H // K, 1)  # (B or 1, 1, H / K * T, S)
+    # the queries of a group see the same keys, so they become further rows of one product, which reads the keys once
+    if mask is not None:
+        mask = mask.expand(-1, -1, T, -1).repeat(1, 1, H // K, 1)  # (B or 1, 1, H / K * T, S)
     return F.scaled_dot_product_attention(q.reshape(B, K, -1, d), k, v, attn_mask=mask).view(B, H, T, d)
 
 
@@ -212,6 +213,8 @@ class Layer(nn.Module):
 class Qwen2(nn.Module):
     """The Qwen2 transformer. Its state dict has exactly the published names."""
 
+    PREFILL = 512  # positions that run at once at most: the memory of a pass does not grow with the prompt's square
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -229,6 +232,11 @@ class Qwen2(nn.Module):
         """Make the head's weight the embedding's, where the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding: what is made beside the model is made like it, on its device and in its dtype."""
+        return self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, positions: Tensor, mask, store: Callable | None = None) -> Tensor:
         """Hidden states (B, T, D) after the last norm, of tokens (B, T) at positions (B or 1, T).
@@ -259,9 +267,14 @@ class Qwen2(nn.Module):
             denoise        rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww
               sub-block    rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr      w written and read, r only read
             commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      last row: first token of the next block
+        A window of more than PREFILL positions must begin with a block.
         """
         B, T = tokens.shape
         rows = list(range(B)) if rows is None else list(rows)
+        if T > (piece := round_up(self.PREFILL, block_size)):  # no block sees a later one: in pieces it is the same
+            cuts = range(0, T, piece)
+            parts = ((tokens[:, cut : cut + piece], [start + cut for start in starts]) for cut in cuts)
+            return torch.cat([self.window(*part, cache, block_size, rows) for part in parts], dim=1)
         seen = round_up(max(starts) + T, block_size)
         positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
         aligned = len(set(starts)) == 1
@@ -281,6 +294,51 @@ class Qwen2(nn.Module):
             write = torch.tensor(rows, device=tokens.device)[:, None], positions
         store = partial(cache.update, rows=write[0], positions=write[1], read=(read, slice(seen)))
         return self(tokens, positions[:1] if aligned else positions, mask, store)
+
+
+# --- Prepacked weights ---
+
+
+class PrepackedLinear(nn.Module):
+    """A linear layer for inference on a CPU, with its weight in the order in which oneDNN's products read it.
+
+    A plain weight is brought into that order anew in every product, or read in a slower one. Weights of fewer numbers
+    than SMALL stay in a core's cache, where a product of fewer rows than FEW is faster plain: these are kept both ways.
+    """
+
+    SMALL, FEW = 2**17, 16
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.plain = weight if weight.numel() < self.SMALL else None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plain is not None and x.numel() < self.FEW * x.shape[-1]:
+            return F.linear(x, self.plain, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def prepack(model: Qwen2) -> Qwen2:
+    """The model, in place, ready to decode faster on a CPU: its linear layers as `PrepackedLinear`.
+
+    It can no longer be trained, saved or moved. Products in bfloat16 stay the same to the bit; in float32 sums run in
+    another order. A tied head stays plain, since the embedding needs it so. Where oneDNN or the dtype is missing, or
+    on another device, the model comes back as it was.
+    """
+    if model.weight.device.type != "cpu":
+        return model
+    tied = model.config.tie_word_embeddings
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and not (tied and child is model.lm_head):
+                try:
+                    setattr(parent, name, PrepackedLinear(child))
+                except (AttributeError, RuntimeError):
+                    return model  # the first one fails, or none does
+    return model
 
 
 # --- Guess and accept ---
@@ -536,7 +594,7 @@ class Row:
 def _decode(
     model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding, memory: Memory | None
 ) -> Iterator[Pass]:
-    size, weight = decoding.block_size, model.model.embed_tokens.weight
+    size, weight = decoding.block_size, model.weight
     longest = max((len(prompt) + decoding.max_new_tokens for prompt in prompts), default=0)
     places, length = min(len(prompts), decoding.batch_size), round_up(longest, size)
     if weight.is_cuda:
@@ -593,7 +651,7 @@ def shifted_guesses(
 
     Token shift (paper, section 3): the guess for position i stands in the output at i - 1.
     """
-    counts, width, device = [len(step.guessed) for step in steps], len(steps[0].tokens), model.lm_head.weight.device
+    counts, width, device = [len(step.guessed) for step in steps], len(steps[0].tokens), model.weight.device
     wanted = [n * width + i - 1 - step.start for n, step in enumerate(steps) for i in step.guessed]
     draws = torch.cat([step.draws for step in steps])
     if graphs and steps[0].kind != "prefill":
@@ -645,7 +703,7 @@ class Graphs:
     def reserve(self, model: Qwen2, rows: int, length: int) -> KVCache:
         """A cache of at least this size, and one spare row; recorded passes hold on to it."""
         k = None if self.cache is None else self.cache.k
-        weight = model.lm_head.weight
+        weight = model.weight
         if (
             k is None
             or k.shape[1] <= rows
@@ -689,7 +747,7 @@ class Graphs:
 
     def prepare(self, model, cache, given, sampled, B, T, N, seen, whole, decoding) -> tuple:
         """Input tensors, output tensor, and what runs the pass; where nothing is recorded that returns the output."""
-        device = model.lm_head.weight.device
+        device = model.weight.device
         inputs = given.to(device), sampled.to(device)
 
         def run() -> Tensor:
@@ -1047,12 +1105,15 @@ def load(
 def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
     """Write what `load` reads, under the published names; each file is written beside its place and renamed.
 
-    Raises OSError where the folder cannot be written; a checkpoint that was there is then still whole.
+    Raises OSError where the folder cannot be written; a checkpoint that was there is then still whole. Raises
+    InputError for a prepacked model, which has no weights in a form that could be written.
     """
+    packed = any(isinstance(module, PrepackedLinear) for module in model.modules())
+    require(not packed, "A prepacked model cannot be saved; save it before `prepack`.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head is not repeated
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = str(model.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
     files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
     try:

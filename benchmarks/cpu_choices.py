@@ -48,7 +48,7 @@ def milliseconds(work, seconds: float = 1.5) -> float:
 
 def products(model: fastdllm.Qwen2, width: int):
     """The matrix products of a pass, without what lies between them."""
-    inputs = {n: torch.randn(width, n, dtype=model.lm_head.weight.dtype) for n in sizes(model)}
+    inputs = {n: torch.randn(width, n, dtype=model.weight.dtype) for n in sizes(model)}
     layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
     return lambda: [layer(inputs[layer.in_features]) for layer in layers]
 
@@ -103,7 +103,7 @@ def main(model, shape, layers, threads, compiled, target):
         for count in map(int, threads.split(",")):
             torch.set_num_threads(count)
             network, _ = build(model, shape, layers, "cpu", dtype)
-            cache = KVCache(network.config, 1, PAST + 32, network.lm_head.weight)
+            cache = KVCache(network.config, 1, PAST + 32, network.weight)
             cache.clear(0)
             row = {"dtype": dtype, "threads": count}
             for way in ("products", "eager", "packed", "compiled"):

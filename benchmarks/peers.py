@@ -46,7 +46,7 @@ def as_transformers(plain: Qwen2):
     peer.load_state_dict(plain.state_dict(), assign=True)
     peer.tie_weights()
     rotary = peer.model.rotary_emb  # its tables are in no checkpoint
-    peer.model.rotary_emb = type(rotary)(config).to(plain.lm_head.weight.device)
+    peer.model.rotary_emb = type(rotary)(config).to(plain.weight.device)
     return peer.eval()
 
 
@@ -112,7 +112,7 @@ def main(
     require(min(batch_sizes) > 0, "--batch-sizes are whole numbers of at least 1.")
     prepare(json_file, threads)
     network, _ = build(model, shape, layers, device, dtype)
-    plain, weight = as_autoregressive(network), network.lm_head.weight
+    plain, weight = as_autoregressive(network), network.weight
     peer = as_transformers(plain)
 
     def transformers(prompts: list[list[int]], count: int) -> list[list[int]]:

@@ -78,18 +78,19 @@ def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0)
     return model.eval()
 
 
-def build(model: str, shape: str | None, layers: int | None, device: str, dtype: str):
+def build(model: str, shape: str | None, layers: int | None, device: str, dtype: str, packed: bool = False):
     """(model, tokenizer) of a checkpoint, or of a shape with random weights: bfloat16 on CUDA, else float32."""
     require(not (shape and model != str(cli.SHIPPED)), "--shape and --model exclude one another; give one of them.")
     require(shape or not layers, "--layers cuts a --shape; a checkpoint is taken whole.")
     if not shape:
-        return fastdllm.load(model, device, dtype)
+        return cli.open_model(model, device, dtype, packed)
     require(shape in SHAPES, f"--shape {shape} is not known; take one of {', '.join(SHAPES)}.")
     require(dtype in fastdllm.DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(fastdllm.DTYPES)}.")
     config = replace(SHAPES[shape], num_hidden_layers=layers or SHAPES[shape].num_hidden_layers)
     device = fastdllm.pick_device(device)
     usual = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return random_model(config, device, fastdllm.DTYPES[dtype] or usual), None
+    network = random_model(config, device, fastdllm.DTYPES[dtype] or usual)
+    return fastdllm.prepack(network) if packed else network, None
 
 
 def random_prompts(config: Config, count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -158,7 +159,7 @@ def wait(device: torch.device) -> None:
 
 def run(model: Qwen2, prompts: list[list[int]], decoding: Decoding) -> tuple[list[Result], list[Call]]:
     """Decode to the end, and every forward pass on the way; the passes' times add up to the whole."""
-    weight, forward, ends = model.lm_head.weight, fastdllm.shifted_guesses, []
+    weight, forward, ends = model.weight, fastdllm.shifted_guesses, []
     decoding = decoding.resolve(model.config)
 
     def watched(model, cache, rows, steps, *rest):
@@ -208,7 +209,7 @@ def alone(model: Qwen2, prompts: list[list[int]], decoding: Decoding) -> float |
 
     On CUDA of its tensors, weights included; elsewhere of the whole process, up to now.
     """
-    device = model.lm_head.weight.device
+    device = model.weight.device
     fastdllm.GRAPHS.pop(model, None)  # and the cache in it
     if device.type == "cuda":
         gc.collect()
@@ -321,8 +322,10 @@ def write_report(path: Path | None, name: str, model: Qwen2, found: dict) -> Non
     """What was found, after hardware, versions, date, command and model, as JSON, where a path is given."""
     name = os.path.relpath(name) if os.path.isdir(name) else name
     about = {"model": name, "layers": model.config.num_hidden_layers}
-    about |= {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.lm_head.weight.dtype)[6:]}
-    about |= {"device": str(model.lm_head.weight.device), "cuda": torch.version.cuda}
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Qwen2(model.config).parameters())
+    about |= {"parameters": parameters, "dtype": str(model.weight.dtype)[6:]}
+    about |= {"device": str(model.weight.device), "cuda": torch.version.cuda}
     content = json.dumps(cli.environment() | about | found, indent=1) + "\n"
     if path:
         fastdllm.replace_file(path, partial(Path.write_text, data=content))
@@ -341,7 +344,7 @@ def prepare(path: Path | None, threads: int | None) -> None:
 
 def measure(model: Qwen2, rows: list[Row], rounds: int) -> bool:
     """Fill in memory, results and rounds; false where Ctrl-C ended it early. Raises InputError where memory ends."""
-    device, bar = model.lm_head.weight.device, tqdm(total=len(rows) * (rounds + 2), unit="run")
+    device, bar = model.weight.device, tqdm(total=len(rows) * (rounds + 2), unit="run")
     try:
         for row in rows:
             row.memory = alone(model, row.prompts, row.decoding)
@@ -373,14 +376,14 @@ def measure(model: Qwen2, rows: list[Row], rounds: int) -> bool:
 
 
 def bench(
-    model, device, dtype, shape, layers, decoders, thresholds, tokens_per_pass, sub_block_sizes, batch_sizes, prompts,
-    prompt_tokens, new_tokens, rounds, threads, seed, json_file,
+    model, device, dtype, packed, shape, layers, decoders, thresholds, tokens_per_pass, sub_block_sizes, batch_sizes,
+    prompts, prompt_tokens, new_tokens, rounds, threads, seed, json_file,
 ) -> None:  # fmt: skip
     """Measure, print the tables, and write the JSON; options as in `cli.bench`."""
     require(not (thresholds and tokens_per_pass), "--thresholds and --tokens-per-pass exclude one another; give one.")
     prepare(json_file, threads)
-    network, tokenizer = build(model, shape, layers, device, dtype)
-    config, weight = network.config, network.lm_head.weight
+    network, tokenizer = build(model, shape, layers, device, dtype, packed)
+    config, weight = network.config, network.weight
     if shape and not thresholds:  # random weights are sure of nothing: at a threshold they write one token a pass
         tokens_per_pass = tokens_per_pass or [3]
     rules = [{"tokens_per_pass": n} for n in tokens_per_pass or []] or [{"threshold": t} for t in thresholds or [0.9]]
@@ -406,7 +409,7 @@ def bench(
     summaries = [summary(row, ar.get(row.decoding.batch_size), machine) for row in rows]
     click.echo(tables(summaries, machine, weight.device))
     about = {"random_weights": bool(shape), "prompt_kind": "problems" if problems else "random", "seed": seed}
-    about |= {"rounds": len(rows[-1].rounds), "machine": machine}
+    about |= {"prepacked": packed and weight.device.type == "cpu", "rounds": len(rows[-1].rounds), "machine": machine}
     write_report(json_file, shape or model, network, about | {"rows": summaries})
     if not whole:
         sys.exit(cli.INTERRUPTED)

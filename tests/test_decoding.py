@@ -1,11 +1,13 @@
 """Guess, accept, decode, generate: the golden vectors and the properties that users rely on."""
 
 import collections
+import gc
 import itertools
 import random
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -21,12 +23,14 @@ from fastdllm import (
     InputError,
     KVCache,
     Memory,
+    PrepackedLinear,
     accept,
     attention,
     decode,
     generate,
     guess,
     nucleus,
+    prepack,
 )
 
 CASES = golden("generate")["cases"]
@@ -300,6 +304,56 @@ def test_no_prompts_give_no_results(golden_models):
     assert generate(golden_models["untied"], [], Decoding()) == []
 
 
+# --- Prepacked weights ---
+
+
+@pytest.fixture(scope="module")
+def packed_models(folders) -> dict:
+    return {name: prepack(fastdllm.load(folder, "cpu")[0]) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("few", [1, PrepackedLinear.FEW])  # 1: no product is plain
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c["id"])
+def test_prepacked_weights_give_golden_tokens(packed_models, monkeypatch, case, few):
+    monkeypatch.setattr(PrepackedLinear, "FEW", few)
+    [result] = generate(packed_models[case["checkpoint"]], [case["prompt"]], options(case))
+    assert result.tokens == case["tokens"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_prepacked_products_are_the_plain_ones(dtype, rng):
+    linear = torch.nn.Linear(640, 400).to(getattr(torch, dtype))
+    x = torch.randn(2, 37, 640, generator=rng).to(linear.weight.dtype)
+    near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    for rows in (1, 5, 37):
+        torch.testing.assert_close(PrepackedLinear(linear)(x[:, :rows]), linear(x[:, :rows]), atol=near, rtol=near)
+
+
+def test_prepacking_holds_large_weights_once(folders, monkeypatch):
+    model, _ = fastdllm.load(folders["tied"], "cpu")
+    monkeypatch.setattr(PrepackedLinear, "SMALL", 0)
+    weights = [weakref.ref(p) for p in model.parameters() if p.dim() == 2 and p is not model.weight]
+    prepack(model)
+    gc.collect()
+    assert weights and not any(weight() is not None for weight in weights)
+    assert model.lm_head.weight is model.weight
+
+
+def test_a_prepacked_model_is_not_saved(folders, tmp_path):
+    model = prepack(fastdllm.load(folders["tied"], "cpu")[0])
+    with pytest.raises(InputError, match="save it before"):
+        fastdllm.save(model, None, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_onednn_prepacking_leaves_the_model_as_it_was(folders, monkeypatch):
+    model, _ = fastdllm.load(folders["tied"], "cpu")
+    modules = list(model.modules())
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert list(prepack(model).modules()) == modules
+
+
 # --- Static shapes ---
 
 
@@ -331,12 +385,13 @@ def test_two_decodings_at_once_do_not_share_the_recorded_passes_cache(folders, d
     assert tokens == alone and GRAPHS[model].user() is None
 
 
-def test_groups_under_a_mask_equal_repeated_keys_on_cuda(device, rng):
+def test_groups_of_heads_equal_repeated_keys(device, rng):
     q, k, v = (torch.randn(2, heads, 5, 16, generator=rng).to(device) for heads in (6, 2, 2))
-    for mask in (torch.rand(2, 1, 1, 5, generator=rng) < 0.7, torch.rand(2, 1, 5, 5, generator=rng) < 0.7):
-        mask[..., 0] = True
-        whole = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask.to(device))
-        torch.testing.assert_close(attention(q, k, v, mask.to(device)), whole, atol=1e-5, rtol=1e-4)
+    one, each = (torch.rand(2, 1, queries, 5, generator=rng) < 0.7 for queries in (1, 5))
+    one[..., 0] = each[..., 0] = True
+    for mask in (None, one.to(device), each.to(device)):
+        whole = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask)
+        torch.testing.assert_close(attention(q, k, v, mask), whole, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
