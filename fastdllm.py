@@ -85,18 +85,27 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Callable | None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v; q (B, H, T, d), k and v (B, K, S, d), key head h serves H / K query heads.
 
-    mask: None, every query sees every key; bool, broadcast to (B, H, T, S); or a function of q, k and v that attends
+    mask: None, every query sees every key; bool, broadcast to (B, 1, T, S); or a function of q, k and v that attends
     in a way of its own, like CAUSAL.
     """
     if callable(mask):
         return mask(q, k, v)
-    (B, H, T, d), K = q.shape, k.shape[1]
-    if causal or H == K:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
-    # the queries of a group see the same keys, so they become further rows of one product, which reads the keys once
-    if mask is not None:
-        mask = mask.expand(-1, -1, T, -1).repeat(1, 1, H // K, 1)  # (B or 1, 1, H / K * T, S)
-    return F.scaled_dot_product_attention(q.reshape(B, K, -1, d), k, v, attn_mask=mask).view(B, H, T, d)
+    if causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    bias = None if mask is None else attention_bias(mask, q.shape[2], q.shape[1] // k.shape[1], q.dtype)
+    return grouped_attention(q, k, v, bias)
+
+
+def attention_bias(mask: Tensor, length: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """What `grouped_attention` adds for a bool mask, broadcast to (B, 1, T, S): (B or 1, 1, H / K * T, S)."""
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return bias.expand(torch.broadcast_shapes(mask.shape, (1, 1, length, 1))).repeat(1, 1, groups, 1)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """`attention` with the queries of a group as further rows of one product: they see the same keys, read once."""
+    grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K * T, d)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias).view(q.shape)
 
 
 CAUSAL = partial(attention, mask=None, causal=True)  # block size 1 from position 0 on: the kernel knows this mask
@@ -147,22 +156,21 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()  # the mean of squares needs more than bfloat16's 8 bits
-        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times the weight."""
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin tables (B, 1, T, d) of positions (B, T), computed in float32 and cast to dtype."""
+    """cos, and sin with its first half negated, (B, 1, T, d), of positions (B, T), from float32 cast to dtype."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)  # half-split layout: coordinate i turns with i + d/2
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (B, heads, T, d)."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-high, low], dim=-1) * sin
+    """Rotary position embedding of x (B, heads, T, d): coordinate i < d/2 turns with i + d/2, by the angle i."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -178,7 +186,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(torch.cat([q, k], dim=1), *rope).split([q.shape[1], k.shape[1]], dim=1)
         if store:
             k, v = store(k, v)  # (B, K, T, d) written, (B, K, S, d) seen
         y = attention(q, k, v, mask)  # (B, H, T, d)
@@ -245,6 +253,9 @@ class Qwen2(nn.Module):
         """
         x = self.model.embed_tokens(tokens)
         rope = rotary(positions, self.config, x.dtype)
+        if isinstance(mask, Tensor):  # made once for all layers
+            groups = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = partial(grouped_attention, bias=attention_bias(mask, tokens.shape[1], groups, x.dtype))
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope, mask, partial(store, i) if store else None)
         return self.model.norm(x)
