@@ -342,8 +342,8 @@ def prepack(model: Qwen2) -> Qwen2:
     if model.weight.device.type != "cpu":
         return model
     tied = model.config.tie_word_embeddings
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name, child in list(parent.named_children()):  # hold on to few: each plain weight is let go
             if isinstance(child, nn.Linear) and not (tied and child is model.lm_head):
                 try:
                     setattr(parent, name, PrepackedLinear(child))

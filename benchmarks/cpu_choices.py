@@ -4,9 +4,11 @@
     python benchmarks/cpu_choices.py --shape 0.5b
 
 Windows of 1 token (AR), 8 (a sub-block) and 32 (a block) against 160 positions, batch 1, without the head. Besides the
-dtypes and thread counts: `packed`, one product for q, k and v and one for gate and up; `compiled`, the whole pass by
-torch.compile (a C++ compiler is needed; the seconds that compiling took stand beside it). `products` is what the matrix
-products of the pass take alone, one after the other: the rest of a pass is attention, small operations and overhead.
+dtypes and thread counts: `prepacked`, weights in oneDNN's order, as the command line decodes; `joined`, plain weights,
+one product for q, k and v and one for gate and up; `compiled`, plain weights, the whole pass by torch.compile (a C++
+compiler is needed; the seconds that compiling took stand beside it). `products` is what the matrix products of the
+pass take alone, one after the other, and `prepacked products` the same in that order: the rest of a pass is attention,
+small operations and overhead.
 """
 
 import json
@@ -28,7 +30,7 @@ from speed import build  # noqa: E402
 
 import cli  # noqa: E402
 import fastdllm  # noqa: E402
-from fastdllm import KVCache, block_causal_mask  # noqa: E402
+from fastdllm import KVCache, PrepackedLinear, block_causal_mask  # noqa: E402
 
 WINDOWS, PAST = (1, 8, 32), 128
 
@@ -46,18 +48,15 @@ def milliseconds(work, seconds: float = 1.5) -> float:
     return median(taken)
 
 
-def products(model: fastdllm.Qwen2, width: int):
+def products(model: fastdllm.Qwen2, prepacked: bool, width: int):
     """The matrix products of a pass, without what lies between them."""
-    inputs = {n: torch.randn(width, n, dtype=model.weight.dtype) for n in sizes(model)}
-    layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    return lambda: [layer(inputs[layer.in_features]) for layer in layers]
+    plain = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    inputs = {m.in_features: torch.randn(width, m.in_features, dtype=model.weight.dtype) for m in plain}
+    pairs = [(PrepackedLinear(m) if prepacked else m, inputs[m.in_features]) for m in plain]
+    return lambda: [layer(x) for layer, x in pairs]
 
 
-def sizes(model: fastdllm.Qwen2) -> set[int]:
-    return {m.in_features for m in model.model.layers.modules() if isinstance(m, nn.Linear)}
-
-
-def pack(model: fastdllm.Qwen2) -> None:
+def join(model: fastdllm.Qwen2) -> None:
     """One product for q, k and v, and one for gate and up: copies of the weights, side by side."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -102,32 +101,25 @@ def main(model, shape, layers, threads, compiled, target):
     for dtype in ("float32", "bfloat16"):
         for count in map(int, threads.split(",")):
             torch.set_num_threads(count)
-            network, _ = build(model, shape, layers, "cpu", dtype)
-            cache = KVCache(network.config, 1, PAST + 32, network.weight)
-            cache.clear(0)
             row = {"dtype": dtype, "threads": count}
-            for way in ("products", "eager", "packed", "compiled"):
-                if way == "packed":
-                    pack(network)
-                    tried = network
-                elif way == "compiled":
-                    if not compiled:
-                        continue
-                    tried, _ = build(model, shape, layers, "cpu", dtype)
-                else:
-                    tried = network
+            for way in ("products", "prepacked products", "eager", "prepacked", "joined", "compiled")[: 5 + compiled]:
+                network, _ = build(model, shape, layers, "cpu", dtype, packed=way == "prepacked")
+                cache = KVCache(network.config, 1, PAST + 32, network.weight)
+                cache.clear(0)
+                if way == "joined":
+                    join(network)
                 for width in WINDOWS:
                     tokens, size = torch.randint(700, (1, width)), 1 if width == 1 else 32
                     with torch.inference_mode():
-                        if way == "products":
-                            work = products(tried, width)
+                        if way.endswith("products"):
+                            work = products(network, way != "products", width)
                         elif way == "compiled":
                             began, run = time.perf_counter(), torch.compile(static_pass, dynamic=False)
-                            work = partial(run, tried, cache, size, tokens, torch.tensor([[PAST]]))
+                            work = partial(run, network, cache, size, tokens, torch.tensor([[PAST]]))
                             work()
                             row[f"compiling {width}, s"] = round(time.perf_counter() - began, 1)
                         else:
-                            work = partial(tried.window, tokens, [PAST], cache, size)
+                            work = partial(network.window, tokens, [PAST], cache, size)
                         row[f"{way} {width}"] = round(milliseconds(work), 3)
             rows.append(row)
             click.echo("  ".join(f"{key}: {value}" for key, value in row.items()))

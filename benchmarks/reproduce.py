@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 from problems import problems as word_problems  # noqa: E402
 
 import cli  # noqa: E402
-from fastdllm import Decoding, generate, load  # noqa: E402
+from fastdllm import Decoding, generate  # noqa: E402
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -38,7 +38,7 @@ class Bench:
     """The model, the problems, and what was measured."""
 
     def __init__(self, model: str, problems: int, rounds: int):
-        self.model, self.tokenizer = load(model, "cpu")
+        self.model, self.tokenizer = cli.open_model(model, "cpu", "auto", packed=True)
         chosen = islice(word_problems("heldout", 1), problems)
         self.problems = [
             {"messages": [{"role": "user", "content": p["question"]}], "expected": cli.final_answer(p["answer"])}
