@@ -341,14 +341,15 @@ def prepack(model: Qwen2) -> Qwen2:
     """
     if model.weight.device.type != "cpu":
         return model
+    try:
+        PrepackedLinear(nn.Linear(32, 32).to(model.weight.dtype))(model.weight.new_zeros(PrepackedLinear.FEW, 32))
+    except (AttributeError, RuntimeError):
+        return model
     tied = model.config.tie_word_embeddings
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in list(parent.named_children()):  # hold on to few: each plain weight is let go
             if isinstance(child, nn.Linear) and not (tied and child is model.lm_head):
-                try:
-                    setattr(parent, name, PrepackedLinear(child))
-                except (AttributeError, RuntimeError):
-                    return model  # the first one fails, or none does
+                setattr(parent, name, PrepackedLinear(child))
     return model
 
 

@@ -9,12 +9,13 @@ import sys
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import ROOT
 
 import cli
 from cli import final_answer
-from fastdllm import Decoding, generate, load
+from fastdllm import Decoding, PrepackedLinear, generate, load
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -81,6 +82,13 @@ def test_every_flag_works(flags):
     assert result.exit_code == 0 and result.stdout.strip()
     other_block = "--block-size" in flags and flags[-1] != "32"
     assert ("Note: " in result.stderr) == other_block
+
+
+def test_weights_are_prepacked_where_that_works_unless_asked_not_to(monkeypatch):
+    models, decode = [], cli.decode
+    monkeypatch.setattr(cli, "decode", lambda model, *rest: models.append(model) or decode(model, *rest))
+    assert run(QUESTION).stdout == run(QUESTION, "--no-prepack").stdout
+    assert [type(model.model.layers[0].mlp.up_proj) for model in models] == [PrepackedLinear, torch.nn.Linear]
 
 
 def test_raw_continues_the_text_and_prompt_ids_the_ids(shipped):

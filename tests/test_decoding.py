@@ -353,6 +353,13 @@ def test_a_prepacked_model_is_not_saved(folders, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])  # a processor may know them or not
+def test_prepacking_serves_every_dtype(folders, dtype):
+    model, _ = fastdllm.load(folders["untied"], "cpu", dtype)
+    [result] = generate(prepack(model), [[5, 6, 7]], Decoding(8, max_new_tokens=20, stop_token_ids=()))
+    assert len(result.tokens) == 20
+
+
 def test_without_onednn_prepacking_leaves_the_model_as_it_was(folders, monkeypatch):
     model, _ = fastdllm.load(folders["tied"], "cpu")
     modules = list(model.modules())
