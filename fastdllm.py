@@ -105,7 +105,7 @@ def attention_bias(mask: Tensor, length: int, groups: int, dtype: torch.dtype) -
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """`attention` with the queries of a group as further rows of one product: they see the same keys, read once."""
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K * T, d)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias).view(q.shape)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias).reshape(q.shape)
 
 
 CAUSAL = partial(attention, mask=None, causal=True)  # block size 1 from position 0 on: the kernel knows this mask
@@ -221,7 +221,7 @@ class Layer(nn.Module):
 class Qwen2(nn.Module):
     """The Qwen2 transformer. Its state dict has exactly the published names."""
 
-    PREFILL = 512  # positions that run at once at most: the memory of a pass does not grow with the prompt's square
+    PREFILL = 512  # positions, in whole blocks, that run at once under a mask: it would grow with the prompt's square
 
     def __init__(self, config: Config):
         super().__init__()
@@ -278,20 +278,23 @@ class Qwen2(nn.Module):
             denoise        rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww
               sub-block    rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr      w written and read, r only read
             commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      last row: first token of the next block
-        A window of more than PREFILL positions must begin with a block.
+        Raises InputError for a window of several blocks that is to run in pieces and does not begin with a block.
         """
         B, T = tokens.shape
         rows = list(range(B)) if rows is None else list(rows)
-        if T > (piece := round_up(self.PREFILL, block_size)):  # no block sees a later one: in pieces it is the same
+        piece, aligned = round_up(self.PREFILL, block_size), len(set(starts)) == 1
+        causal = aligned and starts[0] == 0 and block_size == 1
+        if T > piece and not causal:  # no block sees a later one: in pieces it is the same
+            whole = all(start % block_size == 0 for start in starts)
+            require(whole, f"A window of more than {piece} positions must begin with a block.")
             cuts = range(0, T, piece)
             parts = ((tokens[:, cut : cut + piece], [start + cut for start in starts]) for cut in cuts)
             return torch.cat([self.window(*part, cache, block_size, rows) for part in parts], dim=1)
         seen = round_up(max(starts) + T, block_size)
         positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
-        aligned = len(set(starts)) == 1
         if aligned and starts[0] // block_size == (starts[0] + T - 1) // block_size:
             mask = None  # the window lies in one block, and every slot that is read is at most that block's
-        elif aligned and starts[0] == 0 and block_size == 1:
+        elif causal:
             mask = CAUSAL
         else:
             mask = block_causal_mask(positions, torch.arange(seen, device=tokens.device), block_size)[:, None]
@@ -335,22 +338,28 @@ class PrepackedLinear(nn.Module):
 def prepack(model: Qwen2) -> Qwen2:
     """The model, in place, ready to decode faster on a CPU: its linear layers as `PrepackedLinear`.
 
-    It can no longer be trained, saved or moved. Products in bfloat16 stay the same to the bit; in float32 sums run in
-    another order. A tied head stays plain, since the embedding needs it so. Where oneDNN or the dtype is missing, or
-    on another device, the model comes back as it was.
+    It can no longer be trained, saved, copied, moved, or run under autocast. In float32 sums run in another order, in
+    bfloat16 every product was the same to the bit where it was compared. A tied head stays plain, since the embedding
+    needs it so. Where oneDNN or the dtype is missing, or on another device, the model comes back as it was.
     """
-    if model.weight.device.type != "cpu":
+    if model.weight.device.type != "cpu" or is_prepacked(model):
         return model
     try:
-        PrepackedLinear(nn.Linear(32, 32).to(model.weight.dtype))(model.weight.new_zeros(PrepackedLinear.FEW, 32))
+        trial = PrepackedLinear(model.model.layers[0].self_attn.k_proj)
+        trial(model.weight.new_zeros(PrepackedLinear.FEW, model.config.hidden_size))
     except (AttributeError, RuntimeError):
         return model
     tied = model.config.tie_word_embeddings
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name, child in list(parent.named_children()):  # hold on to few: each plain weight is let go
-            if isinstance(child, nn.Linear) and not (tied and child is model.lm_head):
-                setattr(parent, name, PrepackedLinear(child))
-    return model
+        for name in [name for name, child in parent.named_children() if isinstance(child, nn.Linear)]:
+            if parent is not model or not tied:
+                setattr(parent, name, PrepackedLinear(getattr(parent, name)))  # which lets go of the plain weight
+    return model.requires_grad_(False)
+
+
+def is_prepacked(model: Qwen2) -> bool:
+    """Has `prepack` changed it?"""
+    return any(isinstance(module, PrepackedLinear) for module in model.modules())
 
 
 # --- Guess and accept ---
@@ -1120,8 +1129,7 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     Raises OSError where the folder cannot be written; a checkpoint that was there is then still whole. Raises
     InputError for a prepacked model, which has no weights in a form that could be written.
     """
-    packed = any(isinstance(module, PrepackedLinear) for module in model.modules())
-    require(not packed, "A prepacked model cannot be saved; save it before `prepack`.")
+    require(not is_prepacked(model), "A prepacked model cannot be saved; save it before `prepack`.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head is not repeated

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed import build, prepare, random_prompts, spread, table, wait, write_report  # noqa: E402
 
 import cli  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, check_prompt, generate, prepack, require  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, check_prompt, generate, is_prepacked, prepack, require  # noqa: E402
 from fastdllm import unparse_config as raw_config  # noqa: E402
 
 
@@ -161,7 +161,7 @@ def main(
     click.echo(table(header.split(", "), cells))
     about = {"random_weights": bool(shape), "transformers": version, "attention": peer.config._attn_implementation}
     about |= {
-        "prepacked": packed and weight.device.type == "cpu",
+        "prepacked": is_prepacked(network),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": rounds,

@@ -180,12 +180,18 @@ def run(model: Qwen2, prompts: list[list[int]], decoding: Decoding) -> tuple[lis
     return results, calls
 
 
-def limits(device: torch.device, dtype: torch.dtype) -> dict:
-    """What the machine can do: bytes per second of a large copy, read plus written, and operations per second."""
+def limits(device: torch.device, dtype: torch.dtype, prepacked: bool = False) -> dict:
+    """What the machine can do: bytes per second of a large copy, read plus written, and operations per second.
+
+    Operations are those of a large product with plain or prepacked weights, like the model's.
+    """
     size, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     a, b = torch.randn(2, side, side, device=device).to(dtype)
+    linear = torch.nn.utils.skip_init(nn.Linear, side, side, device=device, dtype=dtype)
+    linear.weight.data, linear.bias = b, None
+    linear = fastdllm.PrepackedLinear(linear) if prepacked else linear
 
     def fastest(work) -> float:
         seconds = []
@@ -198,7 +204,7 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict:
 
     return {
         "bytes_per_second": 2 * size / fastest(lambda: target.copy_(source)),
-        "operations_per_second": 2 * side**3 / fastest(lambda: a @ b),
+        "operations_per_second": 2 * side**3 / fastest(lambda: linear(a)),
         "copied_bytes": size,
         "matrix_side": side,
     }
@@ -404,12 +410,15 @@ def bench(
     whole = measure(network, rows, rounds)
     if not rows[-1].rounds:
         sys.exit(cli.INTERRUPTED)
-    machine = limits(weight.device, weight.dtype)  # last: on a CPU its buffers would count as memory of the rows
+    prepacked = fastdllm.is_prepacked(network)
+    machine = limits(
+        weight.device, weight.dtype, prepacked
+    )  # last: on a CPU its buffers would count as memory of the rows
     ar = {row.decoding.batch_size: row for row in rows if row.decoder == "ar"}
     summaries = [summary(row, ar.get(row.decoding.batch_size), machine) for row in rows]
     click.echo(tables(summaries, machine, weight.device))
     about = {"random_weights": bool(shape), "prompt_kind": "problems" if problems else "random", "seed": seed}
-    about |= {"prepacked": packed and weight.device.type == "cpu", "rounds": len(rows[-1].rounds), "machine": machine}
+    about |= {"prepacked": prepacked, "rounds": len(rows[-1].rounds), "machine": machine}
     write_report(json_file, shape or model, network, about | {"rows": summaries})
     if not whole:
         sys.exit(cli.INTERRUPTED)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import golden
 
-from fastdllm import CAUSAL, KVCache, Qwen2, block_causal_mask
+from fastdllm import CAUSAL, InputError, KVCache, Qwen2, block_causal_mask
 
 LOGITS = golden("logits")["cases"]
 
@@ -87,17 +87,20 @@ def test_committed_blocks_equal_one_uncached_forward(golden_models, size, rng):
 
 @pytest.mark.parametrize("size", [1, 8, 12])
 @torch.inference_mode()
-def test_a_long_prompt_runs_in_pieces_and_gives_the_same(golden_models, monkeypatch, size, rng):
+def test_a_long_window_runs_in_pieces_and_gives_the_same(golden_models, monkeypatch, size, rng):
     model, widths, forward = golden_models["tied"], [], Qwen2.forward
     monkeypatch.setattr(Qwen2, "PREFILL", 20)
     monkeypatch.setattr(
-        Qwen2, "forward", lambda self, tokens, *rest: widths.append(tokens.shape[1]) or forward(self, tokens, *rest)
+        Qwen2, "forward", lambda self, *given: widths.append(given[0].shape[1]) or forward(self, *given)
     )
     ids = torch.randint(0, 280, (96,), generator=rng).tolist()
     cache = KVCache(model.config, 1, 96, model.weight)
     hidden = [model.window(tokens_of(ids[begin:end]), [begin], cache, size) for begin, end in ((0, 24), (24, 96))]
     assert max(widths) <= 24
     torch.testing.assert_close(torch.cat(hidden, dim=1), full_hidden(model, ids, size), atol=1e-4, rtol=1e-4)
+    if size > 1:
+        with pytest.raises(InputError, match="must begin with a block"):
+            model.window(tokens_of(ids[:40]), [25], cache, size)
 
 
 @torch.inference_mode()
