@@ -591,9 +591,9 @@ def decode(
 ) -> Iterator[Pass]:
     """Decode prompts (lists of token ids), yielding a `Pass` for each pass of each row as it completes.
 
-    Rows walk on by themselves: those that wait for windows of the same width share a forward pass, and a finished row
-    leaves its place to the next prompt. A row's tokens are those of its prompt decoded alone. With a `memory`, for one
-    prompt only, blocks that an earlier call has committed are not run again.
+    Rows walk on by themselves: those that wait for windows of the same width share a forward pass, prompts of nearly
+    the same length too, and a finished row leaves its place to the next prompt. A row's tokens are those of its prompt
+    decoded alone. With a `memory`, for one prompt only, blocks that an earlier call has committed are not run again.
     Raises InputError, before anything runs, for options or prompts that cannot work.
     """
     decoding = decoding.resolve(model.config)
@@ -641,7 +641,7 @@ def _decode(
 
     rows = [admit(place) for place in range(places)]
     while rows:
-        widths = [(row.step.kind == "prefill", len(row.step.tokens)) for row in rows]
+        widths = [shared_width(row.step) for row in rows]
         # prefills first, so that rows come together; then the width that most rows wait for
         width = max(widths, key=lambda w: (w[0], widths.count(w)))
         group = [place for place, w in enumerate(widths) if w == width]
@@ -664,21 +664,29 @@ def _decode(
                 del rows[last + bool(row) :]
 
 
+def shared_width(step: Pass) -> tuple[bool, int]:
+    """Passes that agree in this run as one: is it a prefill, and its width, of a prefill rounded up to 64 positions."""
+    prefill = step.kind == "prefill"
+    return prefill, round_up(len(step.tokens), 64 if prefill else 1)
+
+
 def shifted_guesses(
     model: Qwen2, cache: KVCache, rows: list[int], steps: list[Pass], decoding: Decoding, graphs: "Graphs | None" = None
 ) -> list[list]:
-    """Run one pass over windows of equal width, of these rows of the cache: each one's guesses (token, confidence,
-    runner-up).
+    """Run one pass over windows of one `shared_width`, of these rows of the cache: each one's guesses (token,
+    confidence, runner-up).
 
-    Token shift (paper, section 3): the guess for position i stands in the output at i - 1.
+    Token shift (paper, section 3): the guess for position i stands in the output at i - 1. What fills up a shorter
+    prompt stands behind it, where nothing of it looks, and its slots are written again before anybody reads them.
     """
-    counts, width, device = [len(step.guessed) for step in steps], len(steps[0].tokens), model.weight.device
+    counts, width = [len(step.guessed) for step in steps], max(len(step.tokens) for step in steps)
+    device = model.weight.device
     wanted = [n * width + i - 1 - step.start for n, step in enumerate(steps) for i in step.guessed]
     draws = torch.cat([step.draws for step in steps])
     if graphs and steps[0].kind != "prefill":
         found = graphs.run(model, cache, rows, steps, wanted, draws, decoding)
     else:
-        tokens = torch.tensor([step.tokens for step in steps], device=device)
+        tokens = torch.tensor([[*step.tokens, *[0] * (width - len(step.tokens))] for step in steps], device=device)
         hidden = model.window(tokens, [step.start for step in steps], cache, decoding.block_size, rows)
         if not wanted:
             return [[] for _ in steps]

@@ -108,6 +108,7 @@ def main(model, shape, layers, threads, compiled, target):
                 cache.clear(0)
                 if way == "joined":
                     join(network)
+                torch._dynamo.reset()  # else, after a few networks, it would give up compiling and run eagerly
                 for width in WINDOWS:
                     tokens, size = torch.randint(700, (1, width)), 1 if width == 1 else 32
                     with torch.inference_mode():

@@ -321,6 +321,18 @@ def test_no_prompts_give_no_results(golden_models):
     assert generate(golden_models["untied"], [], Decoding()) == []
 
 
+@pytest.mark.parametrize("size, cache", [(1, "block"), (8, "block"), (8, "dual")])
+def test_prompts_of_nearly_the_same_length_share_their_prefill(golden_models, monkeypatch, size, cache):
+    model, run, calls = golden_models["untied"], fastdllm.shifted_guesses, []
+    prompts = [prompt_of(random.Random(n), length) for n, length in enumerate((62, 49, 40, 80, 120))]
+    knobs = Decoding(size, min(size, 4), 0.6, cache, 20, stop_token_ids=())
+    alone = [generate(model, [prompt], knobs)[0].tokens for prompt in prompts]
+    spy = lambda model, cache, rows, steps, *rest: calls.append(steps) or run(model, cache, rows, steps, *rest)
+    monkeypatch.setattr(fastdllm, "shifted_guesses", spy)
+    assert [result.tokens for result in generate(model, prompts, knobs)] == alone
+    assert [len(steps) for steps in calls if steps[0].kind == "prefill"] == [3, 2]
+
+
 # --- Prepacked weights ---
 
 WORKS = {
