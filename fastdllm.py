@@ -291,6 +291,7 @@ class Qwen2(nn.Module):
             parts = ((tokens[:, cut : cut + piece], [start + cut for start in starts]) for cut in cuts)
             return torch.cat([self.window(*part, cache, block_size, rows) for part in parts], dim=1)
         seen = round_up(max(starts) + T, block_size)
+        starts = list(starts)[:1] if aligned else list(starts)  # then all rows share positions and mask
         positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
         if aligned and starts[0] // block_size == (starts[0] + T - 1) // block_size:
             mask = None  # the window lies in one block, and every slot that is read is at most that block's
@@ -307,7 +308,7 @@ class Qwen2(nn.Module):
         else:
             write = torch.tensor(rows, device=tokens.device)[:, None], positions
         store = partial(cache.update, rows=write[0], positions=write[1], read=(read, slice(seen)))
-        return self(tokens, positions[:1] if aligned else positions, mask, store)
+        return self(tokens, positions, mask, store)
 
 
 # --- Prepacked weights ---

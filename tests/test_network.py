@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import golden
 
+import fastdllm
 from fastdllm import CAUSAL, InputError, KVCache, Qwen2, block_causal_mask
 
 LOGITS = golden("logits")["cases"]
@@ -101,6 +102,15 @@ def test_a_long_window_runs_in_pieces_and_gives_the_same(golden_models, monkeypa
     if size > 1:
         with pytest.raises(InputError, match="must begin with a block"):
             model.window(tokens_of(ids[:40]), [25], cache, size)
+
+
+@torch.inference_mode()
+def test_rows_at_the_same_place_share_one_mask(golden_models, monkeypatch):
+    model, masks, bias = golden_models["tied"], [], fastdllm.attention_bias
+    monkeypatch.setattr(fastdllm, "attention_bias", lambda mask, *rest: masks.append(mask) or bias(mask, *rest))
+    for starts in ([0, 0, 0], [8, 16, 24]):
+        model.window(torch.ones(3, 16, dtype=torch.long), starts, KVCache(model.config, 3, 40, model.weight), 8)
+    assert [len(mask) for mask in masks] == [1, 3]
 
 
 @torch.inference_mode()
