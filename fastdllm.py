@@ -321,13 +321,14 @@ class PrepackedLinear(nn.Module):
     than SMALL stay in a core's cache, where a product of fewer rows than FEW is faster plain: these are kept both ways.
     """
 
-    SMALL, FEW = 2**17, 16
+    SMALL, FEW = 2**18, 16
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, tied: bool = False):
+        """With `tied` the weight keeps its order, since somebody else needs it so; only the product is oneDNN's."""
         super().__init__()
         weight = linear.weight.detach()
         self.plain = weight if weight.numel() < self.SMALL else None
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW)
+        self.packed = weight if tied else torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -340,8 +341,8 @@ def prepack(model: Qwen2) -> Qwen2:
     """The model, in place, ready to decode faster on a CPU: its linear layers as `PrepackedLinear`.
 
     It can no longer be trained, saved, copied, moved, or run under autocast. In float32 sums run in another order, in
-    bfloat16 every product was the same to the bit where it was compared. A tied head stays plain, since the embedding
-    needs it so. Where oneDNN or the dtype is missing, or on another device, the model comes back as it was.
+    bfloat16 every product was the same to the bit where it was compared. Where oneDNN or the dtype is missing, or on
+    another device, the model comes back as it was.
     """
     if model.weight.device.type != "cpu" or is_prepacked(model):
         return model
@@ -350,11 +351,10 @@ def prepack(model: Qwen2) -> Qwen2:
         trial(model.weight.new_zeros(PrepackedLinear.FEW, model.config.hidden_size))
     except (AttributeError, RuntimeError):
         return model
-    tied = model.config.tie_word_embeddings
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name in [name for name, child in parent.named_children() if isinstance(child, nn.Linear)]:
-            if parent is not model or not tied:
-                setattr(parent, name, PrepackedLinear(getattr(parent, name)))  # which lets go of the plain weight
+            tied = parent is model and model.config.tie_word_embeddings
+            setattr(parent, name, PrepackedLinear(getattr(parent, name), tied))  # which lets go of the plain weight
     return model.requires_grad_(False)
 
 
