@@ -30,7 +30,7 @@ from speed import build  # noqa: E402
 
 import cli  # noqa: E402
 import fastdllm  # noqa: E402
-from fastdllm import KVCache, PrepackedLinear, block_causal_mask  # noqa: E402
+from fastdllm import KVCache, PrepackedLinear, block_causal_mask, prepack  # noqa: E402
 
 WINDOWS, PAST = (1, 8, 32), 128
 
@@ -103,9 +103,11 @@ def main(model, shape, layers, threads, compiled, target):
             torch.set_num_threads(count)
             row = {"dtype": dtype, "threads": count}
             for way in ("products", "prepacked products", "eager", "prepacked", "joined", "compiled")[: 5 + compiled]:
-                network, _ = build(model, shape, layers, "cpu", dtype, packed=way == "prepacked")
+                network, _ = build(model, shape, layers, "cpu", dtype)
                 cache = KVCache(network.config, 1, PAST + 32, network.weight)
                 cache.clear(0)
+                if way == "prepacked":
+                    prepack(network)
                 if way == "joined":
                     join(network)
                 torch._dynamo.reset()  # else, after a few networks, it would give up compiling and run eagerly

@@ -104,20 +104,9 @@ def measure(writers: dict, prompts: list[list[int]], new_tokens: int, rounds: in
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
 @cli.reports_mistakes
 def main(
-    model,
-    device,
-    dtype,
-    packed,
-    shape,
-    layers,
-    batch_sizes,
-    prompt_tokens,
-    new_tokens,
-    rounds,
-    threads,
-    json_file,
+    model, device, dtype, packed, shape, layers, batch_sizes, prompt_tokens, new_tokens, rounds, threads, json_file,
     **knobs,
-):
+):  # fmt: skip
     try:
         from transformers import __version__ as version
     except ImportError:
@@ -160,13 +149,8 @@ def main(
     header = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, tokens as Transformers"
     click.echo(table(header.split(", "), cells))
     about = {"random_weights": bool(shape), "transformers": version, "attention": peer.config._attn_implementation}
-    about |= {
-        "prepacked": is_prepacked(network),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "rounds": rounds,
-        **knobs,
-    }
+    about |= {"prepacked": is_prepacked(network), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    about |= {"rounds": rounds, **knobs}
     write_report(json_file, shape or model, network, about | {"rows": rows})
 
 

@@ -78,19 +78,18 @@ def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0)
     return model.eval()
 
 
-def build(model: str, shape: str | None, layers: int | None, device: str, dtype: str, packed: bool = False):
+def build(model: str, shape: str | None, layers: int | None, device: str, dtype: str):
     """(model, tokenizer) of a checkpoint, or of a shape with random weights: bfloat16 on CUDA, else float32."""
     require(not (shape and model != str(cli.SHIPPED)), "--shape and --model exclude one another; give one of them.")
     require(shape or not layers, "--layers cuts a --shape; a checkpoint is taken whole.")
     if not shape:
-        return cli.open_model(model, device, dtype, packed)
+        return fastdllm.load(model, device, dtype)
     require(shape in SHAPES, f"--shape {shape} is not known; take one of {', '.join(SHAPES)}.")
     require(dtype in fastdllm.DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(fastdllm.DTYPES)}.")
     config = replace(SHAPES[shape], num_hidden_layers=layers or SHAPES[shape].num_hidden_layers)
     device = fastdllm.pick_device(device)
     usual = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    network = random_model(config, device, fastdllm.DTYPES[dtype] or usual)
-    return fastdllm.prepack(network) if packed else network, None
+    return random_model(config, device, fastdllm.DTYPES[dtype] or usual), None
 
 
 def random_prompts(config: Config, count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -388,7 +387,9 @@ def bench(
     """Measure, print the tables, and write the JSON; options as in `cli.bench`."""
     require(not (thresholds and tokens_per_pass), "--thresholds and --tokens-per-pass exclude one another; give one.")
     prepare(json_file, threads)
-    network, tokenizer = build(model, shape, layers, device, dtype, packed)
+    network, tokenizer = build(model, shape, layers, device, dtype)
+    if packed:
+        fastdllm.prepack(network)
     config, weight = network.config, network.weight
     if shape and not thresholds:  # random weights are sure of nothing: at a threshold they write one token a pass
         tokens_per_pass = tokens_per_pass or [3]

@@ -3,6 +3,7 @@
 import collections
 import gc
 import itertools
+import platform
 import random
 import shutil
 import subprocess
@@ -373,6 +374,11 @@ def test_rows_of_a_batch_are_single_runs_with_prepacked_weights(packed_models):
         knobs = Decoding(size, min(size, 4), 0.6, "dual", 24, batch_size=4, stop_token_ids=())
         alone = [generate(packed_models["tied"], [prompt], knobs)[0].tokens for prompt in prompts]
         assert [result.tokens for result in generate(packed_models["tied"], prompts, knobs)] == alone
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors may lack it")
+def test_float32_is_prepacked_where_torch_has_onednn():
+    assert WORKS["float32"] == torch.backends.mkldnn.is_available()  # else all of these tests would skip in silence
 
 
 @needs_onednn
