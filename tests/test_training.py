@@ -1,5 +1,6 @@
 """Training: mask, noise, loss, data, and runs that go on where they stopped."""
 
+import copy
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +104,33 @@ def test_sparse_attention_runs_every_tile_in_which_something_is_seen():
     assert torch.equal(mask.to_dense()[:, 0].bool(), tiles)
     long = training_attention("sparse", 2048, 32, 2, None, torch.device("cpu")).keywords["block_mask"]
     assert long.sparsity() > 70  # percent of the tiles that are skipped
+
+
+@pytest.mark.parametrize("compute, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+def test_flex_attention_can_be_traced_in_a_recomputed_step_and_has_the_dense_gradients(
+    trainable_models, rng, monkeypatch, compute, tolerance
+):
+    """The step as CUDA runs it, traced by torch.compile with its backward pass, but executed by plain products."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)  # CPUs: forward only
+    traced = torch.compile(train.flex_attention, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(train, "flex_attention", traced)
+    attentions, results = training_attention, []
+    tokens, trainable = example(rng, L=96)
+    documents = torch.tensor([[1] * 64 + [2] * 32, [1] * 32 + [2] * 64])
+    masked = complementary_noise(trainable, 32, torch.Generator().manual_seed(0))
+    for kind in ("dense", "sparse"):
+        monkeypatch.setattr(train, "training_attention", lambda _, *rest, kind=kind: attentions(kind, *rest))
+        model = copy.deepcopy(next(iter(trainable_models.values())))
+        model.config = replace(model.config, block_size=32)
+        step = train.distribute(train.Objective(model, True, compute), "ddp", recompute=True)
+        losses = [step(loss, Batch(tokens, trainable, documents, masked))[0] for loss in ("diffusion", "ar")]
+        sum(losses).backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters()}
+        results.append((torch.stack(losses).detach(), gradients))
+    (expected, dense), (got, sparse) = results
+    torch.testing.assert_close(got, expected, atol=0, rtol=tolerance / 5)
+    for name, gradient in dense.items():
+        assert (sparse[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
 def test_the_dense_mask_has_the_form_that_grouped_heads_need():
