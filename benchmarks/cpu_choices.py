@@ -51,7 +51,7 @@ def milliseconds(work, seconds: float = 1.5) -> float:
 def products(model: fastdllm.Qwen2, prepacked: bool, width: int):
     """The matrix products of a pass, without what lies between them."""
     plain = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    inputs = {m.in_features: torch.randn(width, m.in_features, dtype=model.weight.dtype) for m in plain}
+    inputs = {m.in_features: model.weight.new_empty(width, m.in_features).normal_() for m in plain}
     pairs = [(PrepackedLinear(m) if prepacked else m, inputs[m.in_features]) for m in plain]
     return lambda: [layer(x) for layer, x in pairs]
 
@@ -61,23 +61,25 @@ def join(model: fastdllm.Qwen2) -> None:
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        weight, bias = torch.cat([p.weight for p in qkv]), torch.cat([p.bias for p in qkv])
-        cuts, parts = [p.out_features for p in qkv], {}
-
-        def first(x, weight=weight, bias=bias, cuts=cuts, parts=parts):
-            parts["q"], parts["k"], parts["v"] = F.linear(x, weight, bias).split(cuts, dim=-1)
-            return parts["q"]
-
-        attention.q_proj.forward = first
-        attention.k_proj.forward = lambda x, parts=parts: parts["k"]
-        attention.v_proj.forward = lambda x, parts=parts: parts["v"]
         both = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        weight, bias = torch.cat([p.weight for p in qkv]), torch.cat([p.bias for p in qkv])
+        attention.forward = partial(joined_attention, attention, weight, bias)
+        mlp.forward = partial(joined_mlp, mlp.down_proj, both)
 
-        def forward(x, both=both, down=mlp.down_proj):
-            gate, up = F.linear(x, both).chunk(2, dim=-1)
-            return down(F.silu(gate) * up)
 
-        mlp.forward = forward
+def joined_attention(module, weight, bias, x, rope, mask, store):
+    B, T, _ = x.shape
+    heads = [p.out_features // module.head_dim for p in (module.q_proj, module.k_proj, module.v_proj)]
+    qkv = F.linear(x, weight, bias).view(B, T, -1, module.head_dim).transpose(1, 2)
+    both, v = qkv.split([heads[0] + heads[1], heads[2]], dim=1)
+    q, k = fastdllm.rotate(both, *rope).split(heads[:2], dim=1)
+    k, v = store(k, v)
+    return module.o_proj(fastdllm.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+
+def joined_mlp(down, weight, x):
+    gate, up = F.linear(x, weight).chunk(2, dim=-1)
+    return down(F.silu(gate) * up)
 
 
 def static_pass(model: fastdllm.Qwen2, cache: KVCache, block_size: int, tokens, start):
