@@ -14,15 +14,17 @@ The file needs torch, safetensors and tokenizers only, and works when copied alo
 """
 
 import json
+import math
 import operator
 import os
 import re
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -616,19 +618,30 @@ class Row:
 def _decode(
     model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding, memory: Memory | None
 ) -> Iterator[Pass]:
-    size, weight = decoding.block_size, model.weight
     longest = max((len(prompt) + decoding.max_new_tokens for prompt in prompts), default=0)
-    places, length = min(len(prompts), decoding.batch_size), round_up(longest, size)
-    if weight.is_cuda:
-        GRAPHS.setdefault(model, Graphs())
-    graphs = GRAPHS.get(model) if decoding.cuda_graphs and decoding.cache != "none" and not memory else None
-    graphs = graphs if graphs and graphs.user() is None else None  # another decoding, half way, keeps its cache
-    if graphs:
-        cache, token = graphs.reserve(model, places, length), Row(0, None, None)
-        graphs.user = ref(token)  # for as long as this generator lives
-    else:
-        cache = memory and memory.cache or KVCache(model.config, places, length, weight)
+    places, length = min(len(prompts), decoding.batch_size), round_up(longest, decoding.block_size)
+    graphs = None if memory or decoding.cache == "none" or not decoding.cuda_graphs else Graphs.of(model)
+    if graphs and graphs.in_use.acquire(blocking=False):
+        try:
+            yield from decode_rows(model, prompts, decoding, graphs.reserve(model, places, length), graphs=graphs)
+        finally:  # also where the caller breaks off
+            graphs.in_use.release()
+    else:  # or another decoding, half way, has the recorded passes' cache
+        cache = memory and memory.cache or KVCache(model.config, places, length, model.weight)
         cache.grow(length)
+        yield from decode_rows(model, prompts, decoding, cache, memory)
+
+
+def decode_rows(
+    model: Qwen2,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    cache: KVCache,
+    memory: Memory | None = None,
+    graphs: "Graphs | None" = None,
+) -> Iterator[Pass]:
+    """`decode` with a cache that has a place for each of `batch_size` prompts, and room for the longest."""
+    size, places = decoding.block_size, min(len(prompts), decoding.batch_size)
     waiting = iter(enumerate(prompts))
 
     def admit(place: int) -> Row | None:
@@ -721,28 +734,36 @@ class Graphs:
 
     A pass's shape is its rows (a power of 2), its width, and how many slots of the cache it reads (in steps of READ).
     What fills up the rows stands in a spare row of the cache. Without `record` the passes run as they are, so that
-    their mathematics can be tested anywhere.
+    their mathematics can be tested anywhere. One decoding at a time holds `in_use`, and with it cache and passes.
     """
 
     READ = 256
+    MOST = 256  # recorded passes that are kept, the last used ones
+    RECORDING = threading.Lock()  # CUDA allows one recording at a time in a process
 
     def __init__(self, record: bool = True):
-        self.record, self.cache, self.passes, self.pool = record, None, {}, None
-        self.user = lambda: None  # what decodes with the cache now
+        self.record, self.in_use = record, threading.Lock()
+        self.cache, self.weights, self.passes, self.pool, self.stream = None, None, {}, None, None
+
+    @staticmethod
+    def of(model: Qwen2) -> "Graphs | None":
+        """This model's; None where it is on no CUDA device."""
+        if model.weight.is_cuda:
+            GRAPHS.setdefault(model, Graphs())
+        graphs = GRAPHS.get(model)
+        return graphs if graphs and (model.weight.is_cuda or not graphs.record) else None
 
     def reserve(self, model: Qwen2, rows: int, length: int) -> KVCache:
-        """A cache of at least this size, and one spare row; recorded passes hold on to it."""
-        k = None if self.cache is None else self.cache.k
-        weight = model.weight
-        if (
-            k is None
-            or k.shape[1] <= rows
-            or k.shape[2] < length
-            or (k.dtype, k.device) != (weight.dtype, weight.device)
-        ):
-            self.passes, self.pool, self.cache = {}, None, None  # let go of the old one first
-            self.cache = KVCache(model.config, rows + 1, round_up(length, self.READ), weight)
-            self.cache.clear(rows)
+        """A cache of at least this size and one spare row; recorded passes hold on to it, and to the weights' places."""
+        wanted, weights = (rows + 1, round_up(length, self.READ)), [(w.data_ptr(), w.dtype) for w in model.parameters()]
+        there = (0, 0) if self.cache is None else tuple(self.cache.k.shape[1:3])
+        # large enough for both, so that unlike requests do not undo each other's passes, unless that is far more
+        size, most = tuple(map(max, wanted, there)), 2 * max(math.prod(wanted), math.prod(there))
+        size = size if math.prod(size) <= most else wanted
+        if size != there or weights != self.weights:
+            self.passes, self.pool, self.cache = {}, None, None  # let go of the old ones first
+            self.cache, self.weights = KVCache(model.config, *size, model.weight), weights
+            self.cache.clear(size[0] - 1)
         return self.cache
 
     def run(
@@ -768,7 +789,11 @@ class Graphs:
         sampled = F.pad(draws, (0, N - len(draws))) if decoding.temperature else draws
         given = torch.tensor(numbers)
         key = (B, T, seen, whole, decoding.block_size, N, decoding.temperature, decoding.top_p, decoding.runner_up)
-        if key not in self.passes:
+        if key in self.passes:
+            self.passes[key] = self.passes.pop(key)  # now the last used one
+        else:
+            while len(self.passes) >= self.MOST:
+                del self.passes[next(iter(self.passes))]
             self.passes[key] = self.prepare(model, cache, given, sampled, B, T, N, seen, whole, decoding)
         inputs, found, replay = self.passes[key]
         for static, value in zip(inputs, (given, sampled)):
@@ -792,15 +817,15 @@ class Graphs:
 
         if not self.record:
             return inputs, None, run
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()  # recording needs kernels that have run before
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        with self.RECORDING, torch.cuda.device(device):
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # recording needs kernels that have run before
                 for _ in range(2):
                     run()  # writes what the replay will write once more
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph, apart = torch.cuda.CUDAGraph(), "thread_local"  # other threads may go on allocating
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=apart):
                 found = run()
         self.pool = self.pool or graph.pool()
         return inputs, found, graph.replay

@@ -451,7 +451,54 @@ def test_two_decodings_at_once_do_not_share_the_recorded_passes_cache(folders, d
     for steps in itertools.zip_longest(*(decode(model, [prompt], knobs) for prompt in prompts)):
         for row, step in zip(tokens, steps):
             row += step.final if step else []
-    assert tokens == alone and GRAPHS[model].user() is None
+    assert tokens == alone and not GRAPHS[model].in_use.locked()
+
+
+def test_a_decoding_that_begins_while_another_takes_the_recorded_passes_has_a_cache_of_its_own(folders):
+    """As two threads would: the second one decodes between the first one's claim and its first pass."""
+    model, _ = fastdllm.load(folders["untied"], "cpu")
+    knobs, prompt = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=()), prompt_of(random.Random(1), 19)
+    alone, beside, claims = generate(model, [prompt], replace(knobs, cuda_graphs=False)), [], []
+
+    class Interrupted(Graphs):
+        def reserve(self, *sizes):
+            claims.append(sizes)
+            beside.extend(generate(model, [prompt], knobs))
+            return super().reserve(*sizes)
+
+    GRAPHS[model] = Interrupted(record=False)
+    assert generate(model, [prompt], knobs) == alone == beside and len(claims) == 1
+    for step in decode(model, [prompt], knobs):  # broken off: the next one may have them
+        break
+    assert not GRAPHS[model].in_use.locked()
+    assert generate(model, [prompt], knobs) == alone and len(claims) == 3
+
+
+def test_recorded_passes_outlast_unlike_requests_but_not_the_weights_they_read(folders):
+    model, _ = fastdllm.load(folders["untied"], "cpu")
+    graphs, prompt = Graphs(record=False), prompt_of(random.Random(1), 19)
+    graphs.MOST = 4
+    GRAPHS[model] = graphs
+    knobs = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=(), batch_size=4)
+    few, long = ([prompt] * 4, knobs), ([prompt], replace(knobs, max_new_tokens=300))
+    for prompts, how in (few, long):
+        generate(model, prompts, how)
+    cache = graphs.cache
+    for prompts, how in (few, long):
+        generate(model, prompts, how)
+    assert graphs.cache is cache  # room for both
+    for temperature in range(1, 9):  # each another shape
+        generate(model, [prompt], replace(knobs, temperature=float(temperature), seed=0))
+    assert len(graphs.passes) == 4  # the last used ones
+    graphs.reserve(model, 1, 100_000)
+    assert graphs.cache.k.shape[1] == 2  # not also five rows
+    old = graphs.cache
+    for weight in model.parameters():
+        weight.data = weight.data * 2  # as `load_state_dict(assign=True)` and a move there and back do
+    fresh = generate(model, [prompt], replace(knobs, cuda_graphs=False))
+    assert generate(model, [prompt], knobs) == fresh and graphs.cache is not old
+    GRAPHS[model] = Graphs(record=True)  # of a model that has left the CUDA device
+    assert generate(model, [prompt], knobs) == fresh
 
 
 @pytest.mark.parametrize("transposed", [False, True])  # CUDA's kernels differ in the layout of what they return
