@@ -1,5 +1,6 @@
 """Command line of Fast-dLLM v2: `python cli.py generate --threshold 0.9 --block-size 32`."""
 
+import errno
 import functools
 import itertools
 import json
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from datetime import date
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +38,13 @@ from fastdllm import (
     check_prompt,
     decode,
     load,
+    locate,
     prepack,
     read_checkpoint,
     read_json,
     replace_file,
     require,
+    shards,
 )
 from fastdllm import generate as generate_all
 
@@ -90,9 +94,10 @@ def reports_mistakes(command):
         except InputError as error:
             raise OneSentence(str(error)) from None
         except OSError as error:
-            if error.filename is None:
+            if error.errno == errno.EPIPE:  # nobody reads on: click ends quietly
                 raise
-            raise OneSentence(f"{error.filename}: {error.strerror}.") from None
+            place = "" if error.filename is None else f"{error.filename}: "
+            raise OneSentence(f"{place}{error.strerror or error}.") from None
 
     return wrapped
 
@@ -219,7 +224,7 @@ def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
         try:
             records[place] = json.loads(line)
             json.dumps(records[place], ensure_ascii=False).encode()
-        except ValueError as error:  # no JSON, no UTF-8, half a surrogate pair
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, half a surrogate pair; nested too deeply
             raise InputError(f"{place}: not valid JSON ({error}).") from None
         require(isinstance(records[place], dict), f"{place}: not a JSON object.")
     return records
@@ -444,8 +449,9 @@ def normalised(answer: str) -> str:
     number = re.fullmatch(r"(-?[\d,]*\.?\d+)\.?(?: [a-zA-Z ]+)?", answer)
     if not number:
         return answer
-    value = float(number[1].replace(",", ""))
-    return str(int(value)) if value == int(value) else str(value)
+    value = f"{Decimal(number[1].replace(',', '')):f}"  # exact, however long
+    value = value.rstrip("0").rstrip(".") if "." in value else value
+    return "0" if value == "-0" else value
 
 
 def read_problems(path: str | None, count: int | None, instruction: str) -> dict[str, dict]:
@@ -646,7 +652,11 @@ def evaluate(problems, model, device, dtype, packed, count, instruction, paper_p
     prompts = encode_prompts(problems, tokenizer, decoding, network.config)
     problems = list(problems.values())
     options = {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
-    header = {"model": model, "options": json.loads(json.dumps(options))}
+    header = {"model": model, "dtype": str(network.weight.dtype), "options": json.loads(json.dumps(options))}
+    if target:
+        folder = locate(model)
+        files = {name: (folder / name).stat() for name in shards(folder)}
+        header["weights"] = {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()}
     lines = done_before(target, problems, header) if target else []
     verdicts = lines[1:]
     warn_of_block_size(network.config, decoding)
@@ -838,9 +848,12 @@ class Chat:
     def run(self) -> None:
         """Read lines until /exit or the end of the input; Ctrl-C ends a line or an answer, never the program."""
         begin = ""
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a stray byte spoils its own line only
         while True:
             try:
                 line = input(f"{begin}> " if sys.stdin.isatty() else "").strip()
+                line.encode()
                 begin = ""
                 if line == "/exit":
                     return
@@ -849,6 +862,8 @@ class Chat:
                 return
             except KeyboardInterrupt:
                 begin = "\n"
+            except UnicodeError:
+                click.echo("Error: the line is no UTF-8 text.", err=True)
             except InputError as error:
                 click.echo(f"Error: {error}", err=True)
 

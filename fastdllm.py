@@ -754,7 +754,7 @@ class Graphs:
         return graphs if graphs and (model.weight.is_cuda or not graphs.record) else None
 
     def reserve(self, model: Qwen2, rows: int, length: int) -> KVCache:
-        """A cache of at least this size and one spare row; recorded passes hold on to it, and to the weights' places."""
+        """A cache of at least this size and one spare row; recorded passes hold on to it, and to where weights lie."""
         wanted, weights = (rows + 1, round_up(length, self.READ)), [(w.data_ptr(), w.dtype) for w in model.parameters()]
         there = (0, 0) if self.cache is None else tuple(self.cache.k.shape[1:3])
         # large enough for both, so that unlike requests do not undo each other's passes, unless that is far more
@@ -1181,6 +1181,7 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a file under a temporary name and rename it to `path`, so that no reader ever sees half a file."""
+    require(path.name, f"{path}: is a folder; name a file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

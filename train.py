@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -148,6 +148,28 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
     return kernel(q.to(v.dtype), k.to(v.dtype), v, block_mask=block_mask, enable_gqa=True)
 
 
+def sparse_mask(length: int, block_size: int, views: int, documents: Tensor | None, device: torch.device) -> BlockMask:
+    """`visibility` for FlexAttention: the tiles that are seen in part, and those that are seen as a whole.
+
+    They are found one row of tiles at a time: torch's own function writes out the mask of all queries and keys.
+    """
+    sees, side, tile = visibility(length, block_size, views, documents), (views + 1) * length, 128
+    row = None if documents is None else torch.arange(len(documents), device=device)[:, None, None]
+    index, tiles = torch.arange(side, device=device), -(-side // tile)
+    some, every = [], []
+    for queries in index.split(tile):
+        seen = sees(row, None, queries[:, None], index).view(-1, len(queries), side)
+        seen = F.pad(seen, (0, tiles * tile - side, 0, tile - len(queries))).unflatten(2, (tiles, tile))
+        some.append(seen.any(3).any(1))
+        every.append(seen.all(3).all(1))
+    some, every = (torch.stack(rows, dim=1)[:, None] for rows in (some, every))  # (B or 1, 1, tiles, tiles)
+    order = partial(torch.argsort, descending=True, stable=True)  # those that are, then those that are not
+    listed = lambda which: (which.sum(-1, dtype=torch.int32), order(which.int()).int())
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every), *listed(every), BLOCK_SIZE=tile, mask_mod=sees, seq_lengths=(side, side)
+    )
+
+
 def training_attention(
     kind: str, length: int, block_size: int, views: int, documents: Tensor | None, device: torch.device
 ) -> Tensor | Callable:
@@ -159,9 +181,7 @@ def training_attention(
     if kind == "auto":
         kind = {"cpu": "blockwise", "cuda": "sparse"}.get(device.type, "dense")
     if kind == "sparse":
-        rows, side = None if documents is None else len(documents), (views + 1) * length
-        sees = visibility(length, block_size, views, documents)
-        return partial(sparse_attention, block_mask=create_block_mask(sees, rows, None, side, side, device=device))
+        return partial(sparse_attention, block_mask=sparse_mask(length, block_size, views, documents, device))
     dense = partial(training_mask, length, block_size, documents=documents, device=device)
     if kind == "dense":
         return dense(views).view(-1, 1, (views + 1) * length, (views + 1) * length)
@@ -941,15 +961,14 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
         by = [f"output {i - 1} of view {n}" for n, masked in enumerate(views, 1) if masked[i] and targets[i]]
         yield f"{i:>8}  {text[i]:<16}{states}{by[0] if by else '-'}"
     blocks = min(how.seq_len // size, 12)
-    mask = training_mask(how.seq_len, size, len(views), batch.documents).view(-1, *[how.seq_len * (1 + len(views))] * 2)
     yield f"\nWho sees whom, block by block ({blocks} of {how.seq_len // size}); a row is a query, a column a key:"
     at = [part * how.seq_len + block * size for part in range(1 + len(views)) for block in range(blocks)]
+    first_of = torch.tensor(at)  # a block's first position sees what all of it see
+    mask = visibility(how.seq_len, size, len(views), batch.documents)(0, None, first_of[:, None], first_of)
     names = [*(f"view {i}" for i in range(1, 1 + len(views))), "clean"]
     yield " " * 9 + " ".join(f"{name:<{blocks}}" for name in names)
-    for n, query in enumerate(at):
-        seen = "".join(
-            (" " * (k % blocks == 0 < k)) + ("#" if mask[0, query, key] else ".") for k, key in enumerate(at)
-        )
+    for n in range(len(at)):
+        seen = "".join((" " * (k % blocks == 0 < k)) + ".#"[mask[n, k]] for k in range(len(at)))
         yield f"{names[n // blocks] if n % blocks == 0 else '':<9}{seen}"
 
 
@@ -969,7 +988,7 @@ def option(name: str, help: str | None = None, **more) -> Callable:
     elif type(default) is int:
         more = {"type": click.IntRange(0 if name in ("warmup", "seed") else 1)} | more
     elif type(default) is float:
-        more = {"type": click.FloatRange(0)} | more
+        more = {"type": click.FloatRange(0, min_open=name == "clip")} | more
     return click.option(flag, default=default, show_default=True, help=help, **more)
 
 
@@ -1059,9 +1078,12 @@ def train(objective, folder, data, out, heldout, from_scratch, block_size, broke
         mask = tokenizer.id("|<MASK>|") if model.config.mask_token_id is None else model.config.mask_token_id
         model.config = replace(model.config, block_size=size, mask_token_id=mask)
         out.mkdir(parents=True, exist_ok=True)
-        resumable = {"steps", "micro_batch", "parallel", "recompute", "save_every", "keep", "eval_every", "eval_rows"}
-        run = {"objective": objective, "model": str(folder), "data": str(data), "block_size": size}
-        run |= {name: value for name, value in asdict(how).items() if name not in resumable | {"betas"}}
+        resumable = {"micro_batch", "parallel", "recompute", "save_every", "keep", "eval_every", "eval_rows", "betas"}
+        resumable |= {"steps"} if how.schedule == "constant" else set()  # a cosine ends where its steps end
+        content = data / "tokens.bin" if data.is_dir() else data
+        run = {"objective": objective, "model": str(folder), "vocab_size": model.config.vocab_size, "block_size": size}
+        run |= {"data": str(data), "data_bytes": content.stat().st_size if content.exists() else 0}
+        run |= {name: value for name, value in asdict(how).items() if name not in resumable}
 
         def prepare():
             same_run(out, run)

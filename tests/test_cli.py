@@ -151,13 +151,19 @@ def test_mistakes_get_one_sentence(tmp_path, folders):
     ('{"messages": [{"role": "user"}]}', "needs `prompt`"), ('{"prompt_ids": [-1]}', "outside the vocabulary"),
     ('{"prompt_ids": "1"}', "list of integers"),
     ('{"prompt_ids": ["a"]}', "token ids"),
-    ('{"prompt": "\\ud800 x"}', "not valid JSON"),
+    ('{"prompt": "\\ud800 x"}', "not valid JSON"), ("[" * 100_000, "not valid JSON"),
 ])  # fmt: skip
 def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n' + line + "\n")
     said = mistake("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert "in.jsonl, line 2: " in said and message in said
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
+    assert "No space left" in mistake("--input", tmp_path / "in.jsonl", "--output", "/dev/full")
 
 
 def test_options_that_would_be_ignored_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """eval, sweep, info, chat, and the views of a decoding: --watch and --trace."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import cli
-from fastdllm import Decoding, InputError, decode, generate
+from fastdllm import Decoding, InputError, decode, generate, load, save
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -28,6 +29,8 @@ def run(*arguments, stdin=None):
     ("#### 18 dollars\n", "18"), ("#### $18.50.", "18.5"), ("12 #### 7 \n\n", "7"), ("it costs $3 and 25%.", "25"),
     ("the answer is -3.", "-3"), ("from 3 to 5.0", "5"), ("none", None), ("", None), ("####", None), ("0.5", "0.5"),
     ("first 9 #### then \\boxed{8}", "8"), ("1,000,000 people", "1000000"), ("\\boxed{50\\%}", "50"),
+    ("12345678901234567891", "12345678901234567891"), ("#### -0.0", "0"), ("#### 007.50", "7.5"),
+    ("9" * 5000, "9" * 5000),
 ])  # fmt: skip
 def test_the_final_answer_is_found(text, answer):
     assert cli.final_answer(text) == answer
@@ -64,8 +67,20 @@ def test_eval_goes_on_where_it_stopped_and_repeats_byte_for_byte(tmp_path):
     assert other.exit_code == 2 and "of this run" in other.stderr and out.read_bytes() == whole
     other = run("eval", "--count", 3, "--output", out)
     assert other.exit_code == 2 and "other problems" in other.stderr and out.read_bytes() == whole
+    narrow = run("eval", source, "--output", out, "--dtype", "bfloat16")
+    assert narrow.exit_code == 2 and "of this run" in narrow.stderr and out.read_bytes() == whole
     out.write_text("a note without a newline")
     assert run("eval", source, "--output", out).exit_code == 2 and out.read_text() == "a note without a newline"
+
+
+def test_eval_does_not_take_up_the_answers_of_other_weights(tmp_path):
+    source, out, folder = problems_file(tmp_path, 2), tmp_path / "out.jsonl", tmp_path / "model"
+    shutil.copytree(ROOT / "tiny" / "checkpoint", folder)
+    assert run("eval", source, "--model", folder, "--output", out).exit_code == 0
+    model, tokenizer = load(folder, "cpu")
+    save(model, tokenizer, folder)  # as a training that was run again does
+    again = run("eval", source, "--model", folder, "--output", out)
+    assert again.exit_code == 2 and "of this run" in again.stderr
 
 
 def test_eval_refuses_problems_without_an_answer(tmp_path):
@@ -139,6 +154,15 @@ def test_chat_answers_keeps_its_cache_and_saves(tmp_path, shipped):
         assert tokenizer.decode(fresh.tokens) in result.stdout
     assert "32 of 1024 positions are in the cache" in result.stderr and "0 of 1024" in result.stderr
     assert "Commands: " in result.stderr and "no" not in result.stdout.splitlines()
+
+
+def test_chat_survives_odd_lines_and_names(tmp_path):
+    place = os.fsencode(tmp_path)
+    lines = [QUESTION.encode(), b"/system \xff", b"/save .", b"/save " + place, b"/save %s/talk" % place]
+    result = run("chat", stdin=b"\n".join([*lines, b"/exit", b""]))
+    assert result.exit_code == 0 and not result.exception
+    assert "no UTF-8" in result.stderr and "name a file" in result.stderr and str(tmp_path) in result.stderr
+    assert json.loads((tmp_path / "talk").read_text())["messages"][0]["content"] == QUESTION
 
 
 def test_chat_says_when_the_conversation_is_too_long(shipped):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import ROOT, golden
+from torch.nn.attention.flex_attention import create_block_mask
 
 import train
 from fastdllm import CAUSAL, InputError, KVCache, Qwen2, attention, load, load_tokenizer, save
@@ -36,6 +37,7 @@ from train import (
     training_attention,
     training_loss,
     training_mask,
+    visibility,
     with_mask_token,
 )
 
@@ -98,12 +100,22 @@ def test_every_attention_equals_the_dense_mask_forward_and_backward(rng, device,
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_sparse_attention_runs_every_tile_in_which_something_is_seen():
-    mask = training_attention("sparse", 160, 32, 2, PACKED, torch.device("cpu")).keywords["block_mask"]
-    tiles = F.pad(training_mask(160, 32, 2, PACKED), (0, 32, 0, 32)).view(2, 4, 128, 4, 128).any(4).any(2)
-    assert torch.equal(mask.to_dense()[:, 0].bool(), tiles)
+@pytest.mark.parametrize(
+    "length, size, views, documents", [(160, 32, 2, PACKED), (600, 8, 1, None), (512, 256, 0, None)]
+)
+def test_sparse_attention_runs_the_tiles_in_which_something_is_seen(length, size, views, documents):
+    mask = training_attention("sparse", length, size, views, documents, torch.device("cpu")).keywords["block_mask"]
+    rows, side = None if documents is None else len(documents), (views + 1) * length
+    expected = create_block_mask(visibility(length, size, views, documents), rows, None, side, side, device="cpu")
+    for tiles in "kv", "full_kv":  # seen in part, and as a whole
+        counts, indices = (getattr(mask, f"{tiles}_{part}") for part in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(expected, f"{tiles}_num_blocks"))
+        assert torch.equal(indices, getattr(expected, f"{tiles}_indices"))
+
+
+def test_sparse_attention_skips_most_tiles():
     long = training_attention("sparse", 2048, 32, 2, None, torch.device("cpu")).keywords["block_mask"]
-    assert long.sparsity() > 70  # percent of the tiles that are skipped
+    assert long.sparsity() > 70  # percent
 
 
 @pytest.mark.parametrize("compute, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
@@ -648,6 +660,17 @@ def test_a_folder_with_another_run_or_a_damaged_checkpoint_is_refused(tmp_path):
         part.unlink()
     damaged = run(steps=4)
     assert damaged.returncode == 2 and "cannot be read" in damaged.stderr and "Traceback" not in damaged.stderr
+    with open(tmp_path / "data.jsonl", "a") as file:
+        file.write('{"question": "1?", "answer": "1"}\n')
+    other = run(steps=4)
+    assert other.returncode == 2 and "holds a run with data_bytes" in other.stderr
+
+
+def test_a_cosine_ends_where_its_steps_end(tmp_path):
+    flags = command(tmp_path, "adapt", out=tmp_path / "out", schedule="cosine", steps=1)[1:]
+    assert CliRunner().invoke(train.main, flags).exit_code == 0
+    longer = CliRunner().invoke(train.main, [*flags, "--steps", "2"])  # its rates would be others from the start
+    assert longer.exit_code == 2 and "holds a run with steps 1, not 2" in longer.output
 
 
 @pytest.mark.parametrize(
@@ -659,6 +682,7 @@ def test_a_folder_with_another_run_or_a_damaged_checkpoint_is_refused(tmp_path):
         ({"packing": "original", "seq-len": 65536}, "does not fill one row of 65536"),
         ({"out": "data.jsonl"}, "data.jsonl"),
         ({"block-size": 1}, "--block-size 1 is autoregressive"),
+        ({"clip": 0}, "'--clip': 0.0 is not in the range x>0"),
     ],
     ids=str,
 )
