@@ -3,12 +3,12 @@
     python benchmarks/cpu_choices.py --json benchmarks/results/cpu_choices.json
     python benchmarks/cpu_choices.py --shape 0.5b
 
-Windows of 1 token (AR), 8 (a sub-block) and 32 (a block) against 160 positions, batch 1, without the head. Besides the
-dtypes and thread counts: `prepacked`, weights in oneDNN's order, as the command line decodes; `joined`, plain weights,
-one product for q, k and v and one for gate and up; `compiled`, plain weights, the whole pass by torch.compile (a C++
-compiler is needed; the seconds that compiling took stand beside it). `products` is what the matrix products of the
-pass take alone, one after the other, and `prepacked products` the same in that order: the rest of a pass is attention,
-small operations and overhead.
+Windows of 1 token (AR), 8 (a sub-block) and 32 (a block) against 160 positions, batch 1, without the head, medians of
+rounds in which all ways take turns. Besides dtypes and thread counts: `prepacked`, weights in oneDNN's order, as the
+command line decodes; `joined`, plain weights, one product for q, k and v and one for gate and up; `compiled`, plain
+weights, the whole pass by torch.compile (a C++ compiler is needed; the seconds that compiling took stand beside it).
+`products` is what the matrix products of the pass take alone, one after the other, and `prepacked products` the same in
+that order: the rest of a pass is attention, small operations and overhead.
 """
 
 import json
@@ -32,10 +32,10 @@ import cli  # noqa: E402
 import fastdllm  # noqa: E402
 from fastdllm import KVCache, PrepackedLinear, block_causal_mask, prepack  # noqa: E402
 
-WINDOWS, PAST = (1, 8, 32), 128
+WINDOWS, PAST, ROUNDS = (1, 8, 32), 128, 5
 
 
-def milliseconds(work, seconds: float = 1.5) -> float:
+def milliseconds(work, seconds: float = 0.3) -> float:
     """Median of as many runs as fit into the time, after a few that do not count."""
     taken = []
     for _ in range(3):
@@ -48,12 +48,17 @@ def milliseconds(work, seconds: float = 1.5) -> float:
     return median(taken)
 
 
-def products(model: fastdllm.Qwen2, prepacked: bool, width: int):
-    """The matrix products of a pass, without what lies between them."""
+def linears(model: fastdllm.Qwen2, prepacked: bool = False) -> list[nn.Module]:
+    """The layers' matrices."""
     plain = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    inputs = {m.in_features: model.weight.new_empty(width, m.in_features).normal_() for m in plain}
-    pairs = [(PrepackedLinear(m) if prepacked else m, inputs[m.in_features]) for m in plain]
-    return lambda: [layer(x) for layer, x in pairs]
+    return [PrepackedLinear(m) for m in plain] if prepacked else plain
+
+
+def products(model: fastdllm.Qwen2, matrices: list[nn.Module], width: int):
+    """The matrix products of a pass, without what lies between them."""
+    shapes = [m.in_features for m in linears(model)]
+    inputs = {size: model.weight.new_empty(width, size).normal_() for size in shapes}
+    return lambda: [layer(inputs[size]) for layer, size in zip(matrices, shapes)]
 
 
 def join(model: fastdllm.Qwen2) -> None:
@@ -99,33 +104,36 @@ def static_pass(model: fastdllm.Qwen2, cache: KVCache, block_size: int, tokens, 
 @click.option("--compile/--no-compile", "compiled", default=True, help="Also measure torch.compile.")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Add the results to this file.")
 def main(model, shape, layers, threads, compiled, target):
-    rows = []
+    rows, ways = [], ("products", "prepacked products", "eager", "prepacked", "joined", "compiled")[: 5 + compiled]
     for dtype in ("float32", "bfloat16"):
         for count in map(int, threads.split(",")):
             torch.set_num_threads(count)
-            row = {"dtype": dtype, "threads": count}
-            for way in ("products", "prepacked products", "eager", "prepacked", "joined", "compiled")[: 5 + compiled]:
+            torch._dynamo.reset()  # else, after a few networks, it would give up compiling and run eagerly
+            works, row = {}, {"dtype": dtype, "threads": count}
+            for way in ways:
                 network, _ = build(model, shape, layers, "cpu", dtype)
                 cache = KVCache(network.config, 1, PAST + 32, network.weight)
                 cache.clear(0)
-                if way == "prepacked":
-                    prepack(network)
-                if way == "joined":
-                    join(network)
-                torch._dynamo.reset()  # else, after a few networks, it would give up compiling and run eagerly
+                change = {"prepacked": prepack, "joined": join}.get(way)
+                change and change(network)
+                matrices = linears(network, way == "prepacked products") if way.endswith("products") else None
                 for width in WINDOWS:
                     tokens, size = torch.randint(700, (1, width)), 1 if width == 1 else 32
-                    with torch.inference_mode():
-                        if way.endswith("products"):
-                            work = products(network, way != "products", width)
-                        elif way == "compiled":
-                            began, run = time.perf_counter(), torch.compile(static_pass, dynamic=False)
-                            work = partial(run, network, cache, size, tokens, torch.tensor([[PAST]]))
+                    if matrices:
+                        work = products(network, matrices, width)
+                    elif way == "compiled":
+                        work = torch.compile(partial(static_pass, network, cache, size), dynamic=False)
+                        work = partial(work, tokens, torch.tensor([[PAST]]))
+                        began = time.perf_counter()
+                        with torch.inference_mode():
                             work()
-                            row[f"compiling {width}, s"] = round(time.perf_counter() - began, 1)
-                        else:
-                            work = partial(network.window, tokens, [PAST], cache, size)
-                        row[f"{way} {width}"] = round(milliseconds(work), 3)
+                        row[f"compiling {width}, s"] = round(time.perf_counter() - began, 1)
+                    else:
+                        work = partial(network.window, tokens, [PAST], cache, size)
+                    works[f"{way} {width}"] = work
+            with torch.inference_mode():  # in turns, so that the machine's moods meet all of them
+                taken = [{name: milliseconds(work) for name, work in works.items()} for _ in range(ROUNDS)]
+            row |= {name: round(median(turn[name] for turn in taken), 3) for name in works}
             rows.append(row)
             click.echo("  ".join(f"{key}: {value}" for key, value in row.items()))
     if target:

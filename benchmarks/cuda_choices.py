@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from cpu_choices import join, milliseconds, products  # noqa: E402
+from cpu_choices import join, linears, milliseconds, products  # noqa: E402
 from speed import build, cost, limits, wait  # noqa: E402
 
 import cli  # noqa: E402
@@ -111,7 +111,8 @@ def main(shape, layers, batch_sizes, device, seconds, target):
             with torch.inference_mode(), ExitStack() as patches:
                 for place, new in changes.items():
                     patches.enter_context(mock.patch.object(*place, new))
-                run = products(model, False, batch * width) if way == "products" else static_pass(model, batch, width)
+                alone = way == "products"
+                run = products(model, linears(model), batch * width) if alone else static_pass(model, batch, width)
                 work = run if way == "eager" else record(run)
                 row[way] = round(milliseconds(lambda work=work: (work(), wait(where)), seconds), 3)
     for (batch, width), row in rows.items():
