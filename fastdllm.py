@@ -815,8 +815,10 @@ class Graphs:
             hidden = model(tokens.view(B, T), positions, mask, store)
             return best_guesses(model, hidden.flatten(0, 1)[wanted], inputs[1], decoding)
 
-        if not self.record:
-            return inputs, None, run
+        return inputs, *(self.capture(run, device) if self.record else (None, run))
+
+    def capture(self, run: Callable[[], object], device: torch.device) -> tuple[object, Callable[[], None]]:
+        """Record what `run` does as a CUDA graph: its output, which each replay fills anew, and the replay."""
         with self.RECORDING, torch.cuda.device(device):
             self.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -828,7 +830,7 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=apart):
                 found = run()
         self.pool = self.pool or graph.pool()
-        return inputs, found, graph.replay
+        return found, graph.replay
 
 
 GRAPHS: WeakKeyDictionary[Qwen2, Graphs] = WeakKeyDictionary()  # of each model that has decoded

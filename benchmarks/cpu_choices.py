@@ -87,13 +87,13 @@ def joined_mlp(down, weight, x):
     return down(F.silu(gate) * up)
 
 
-def static_pass(model: fastdllm.Qwen2, cache: KVCache, block_size: int, tokens, start):
-    """A window as `Graphs` runs it: positions are tensors, so that one compilation serves all of them."""
-    positions = start + torch.arange(tokens.shape[1])[None]
-    mask = block_causal_mask(positions[:, -1:], torch.arange(PAST + 32), block_size)[:, None]
-    read = slice(1), slice(PAST + 32)
-    row = torch.zeros(1, 1, dtype=torch.long)
-    return model(tokens, positions, mask, partial(cache.update, rows=row, positions=positions, read=read))
+def static_pass(model: fastdllm.Qwen2, cache: KVCache, block_size: int, tokens, starts):
+    """Windows as `Graphs` runs them: positions are tensors, so that one compilation or recording serves all of them."""
+    (B, T), device = tokens.shape, tokens.device
+    positions, seen = starts + torch.arange(T, device=device), cache.k.shape[2]
+    mask = block_causal_mask(positions[:, -1:], torch.arange(seen, device=device), block_size)[:, None]
+    read, rows = (slice(B), slice(seen)), torch.arange(B, device=device)[:, None]
+    return model(tokens, positions, mask, partial(cache.update, rows=rows, positions=positions, read=read))
 
 
 @click.command(help=__doc__.split("\n\n")[0])

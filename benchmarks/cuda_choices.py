@@ -23,12 +23,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from cpu_choices import join, linears, milliseconds, products  # noqa: E402
+from cpu_choices import join, linears, milliseconds, products, static_pass  # noqa: E402
 from speed import build, cost, limits, wait  # noqa: E402
 
 import cli  # noqa: E402
 import fastdllm  # noqa: E402
-from fastdllm import KVCache, Pass, block_causal_mask  # noqa: E402
+from fastdllm import Graphs, KVCache, Pass  # noqa: E402
 
 WINDOWS, SEEN = (1, 8, 32), 1280
 WAYS = ("products", "eager", "recorded", "written out", "fused", "joined", "joined fused")
@@ -44,38 +44,18 @@ def written_out(q, k, v, bias):
     return ((scores + bias).softmax(dim=-1) @ v).reshape(q.shape)
 
 
-def static_pass(model: fastdllm.Qwen2, batch: int, width: int):
-    """A window's pass of static shape, as `Graphs` runs it."""
-    device, block_size = model.weight.device, 1 if width == 1 else 32
+def window(model: fastdllm.Qwen2, batch: int, width: int):
+    """A pass over the last block's first `width` positions, of rows whose cache is full."""
     cache = KVCache(model.config, batch, SEEN, model.weight)
     cache.k.zero_(), cache.v.zero_()
-    tokens = torch.randint(700, (batch, width), device=device)
-    rows = torch.arange(batch, device=device)[:, None]
-    starts = torch.full_like(rows, SEEN - 32)
-
-    def run():
-        positions = starts + torch.arange(width, device=device)
-        mask = block_causal_mask(positions[:, -1:], torch.arange(SEEN, device=device), block_size)[:, None]
-        read = slice(batch), slice(SEEN)
-        return model(tokens, positions, mask, partial(cache.update, rows=rows, positions=positions, read=read))
-
-    return run
+    tokens = torch.randint(700, (batch, width), device=model.weight.device)
+    starts = torch.full_like(tokens[:, :1], SEEN - 32)
+    return partial(static_pass, model, cache, 1 if width == 1 else 32, tokens, starts)
 
 
-def record(run):
+def record(run, device: torch.device):
     """The work as a CUDA graph's replay; on other devices, where only this script is tried, the work itself."""
-    if not torch.cuda.is_available():
-        return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return Graphs().capture(run, device)[1] if device.type == "cuda" else run
 
 
 def limit(model: fastdllm.Qwen2, batch: int, width: int, machine: dict) -> float:
@@ -112,8 +92,8 @@ def main(shape, layers, batch_sizes, device, seconds, target):
                 for place, new in changes.items():
                     patches.enter_context(mock.patch.object(*place, new))
                 alone = way == "products"
-                run = products(model, linears(model), batch * width) if alone else static_pass(model, batch, width)
-                work = run if way == "eager" else record(run)
+                run = products(model, linears(model), batch * width) if alone else window(model, batch, width)
+                work = run if way == "eager" else record(run, where)
                 row[way] = round(milliseconds(lambda work=work: (work(), wait(where)), seconds), 3)
     for (batch, width), row in rows.items():
         row["limit"] = round(limit(model, batch, width, machine), 3)
