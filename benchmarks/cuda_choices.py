@@ -32,8 +32,6 @@ from fastdllm import Graphs, KVCache, Pass  # noqa: E402
 
 WINDOWS, SEEN = (1, 8, 32), 1280
 WAYS = ("products", "eager", "recorded", "written out", "fused", "joined", "joined fused")
-
-
 SMALL = (fastdllm.RMSNorm, "forward"), (fastdllm, "rotate")  # which read and write much and compute little
 
 
