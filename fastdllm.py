@@ -1,16 +1,19 @@
-"""Fast-dLLM v2 (arXiv 2509.26328) in one file: a Qwen2 language model that writes several tokens per forward pass.
+"""Fast-dLLM v2 (arXiv 2509.26328) in one file: a Qwen2 that writes several tokens per forward pass.
 
-An autoregressive model, fine-tuned a little, becomes a block-diffusion model: text is written block by block, a block
-starts as masks, each pass guesses all masked positions of a sub-block at once, and every guess above a confidence
-threshold is kept. Finished blocks stay in a KV cache as in any autoregressive model. With block size 1 it *is* one.
+An autoregressive (AR) model, fine-tuned a little, becomes a block-diffusion model. Text is written block by
+block. A block starts as masks; each pass guesses the masked positions of a sub-block in parallel, and every
+guess above a confidence threshold is kept. Finished blocks stay in a KV cache as in any AR model. With block
+size 1 it is one.
 
     model, tokenizer = load("tiny/checkpoint")
-    [result] = generate(model, [tokenizer.chat([{"role": "user", "content": "..."}])], Decoding(threshold=0.9))
+    prompt = tokenizer.chat([{"role": "user", "content": "..."}])
+    [result] = generate(model, [prompt], Decoding(threshold=0.9))
 
-Shapes: B rows of a batch, T positions of a window, S keys seen, D hidden size, H query heads, K key/value heads,
-d head size, V vocabulary. Positions are absolute and start at 0; block k covers positions [k * size, (k + 1) * size).
+Read it from top to bottom; the method itself is `Row`. The file needs torch, safetensors and tokenizers, and
+works when copied alone. `fast.py` beside it makes decoding faster and changes nothing else.
 
-The file needs torch, safetensors and tokenizers only, and works when copied alone.
+Shapes: B rows of a batch, T positions of a window, S keys seen, D hidden size, H query heads, K key/value
+heads, d head size, V vocabulary. Positions are absolute and start at 0; block k covers [k * size, k * size + size).
 """
 
 import json
@@ -18,13 +21,12 @@ import math
 import operator
 import os
 import re
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 
 
 class InputError(ValueError):
-    """What the caller gave cannot work; the message is one sentence that says what is wrong and what would work."""
+    """The caller's input cannot work; the message is one sentence: what is wrong, and what would work."""
 
 
 def require(ok: object, sentence: str) -> None:
@@ -45,7 +47,7 @@ def require(ok: object, sentence: str) -> None:
 
 
 def round_up(n: int, size: int) -> int:
-    """The first multiple of `size` that is not below `n`."""
+    """The smallest multiple of `size` that is at least `n`."""
     return -(-n // size) * size
 
 
@@ -67,50 +69,48 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
-    block_size: int = 1  # `bd_size`: the diffusion block that was trained; 1 is a plain autoregressive Qwen2
-    mask_token_id: int | None = None  # the id that stands for "not yet known"; an autoregressive model has none
+    block_size: int = 1  # `bd_size`: the diffusion block of the training; 1 is a plain autoregressive Qwen2
+    mask_token_id: int | None = None  # the id of a position that is not yet known; an AR model has none
     stop_token_ids: tuple[int, ...] = ()  # `eos_token_id`
-    tokenizer_size: int | None = None  # ids from here on are padding rows of the embedding and are never guessed
+    tokenizer_size: int | None = (
+        None  # ids from here on are padding rows of the embedding and are never guessed
+    )
 
 
 # --- Mask ---
 
 
 def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
-    """May the query at position a see the key at position b? Where a // size >= b // size (paper, section 3).
+    """Which keys each query sees: those of its own block and of the blocks before it (paper, section 3).
 
-    Bidirectional inside a block, causal between blocks; queries (..., T) and keys (S) give (..., T, S) bool.
+    Attention is bidirectional inside a block and causal between blocks. Positions of queries (..., T) and
+    keys (S) give (..., T, S) bool. Block size 1 is the ordinary causal mask.
     """
     return queries[..., None] // block_size >= keys // block_size
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Callable | None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v; q (B, H, T, d), k and v (B, K, S, d), key head h serves H / K query heads.
+def attention_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """A bool mask (B or 1, T or 1, S) as numbers to add: 0 where a key is seen, else minus infinity.
 
-    mask: None, every query sees every key; bool, broadcast to (B, 1, T, S); or a function of q, k and v that attends
-    in a way of its own, like CAUSAL.
+    Returns (B or 1, 1, groups * T or 1, S): the query heads of a group are further rows of one product.
     """
-    if callable(mask):
-        return mask(q, k, v)
-    if causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    bias = None if mask is None else attention_bias(mask, q.shape[2], q.shape[1] // k.shape[1], q.dtype)
-    return grouped_attention(q, k, v, bias)
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)[:, None]
+    return bias if mask.shape[1] == 1 else bias.repeat(1, 1, groups, 1)
 
 
-def attention_bias(mask: Tensor, length: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """What `grouped_attention` adds for a bool mask, broadcast to (B, 1, T, S): (B or 1, 1, H / K * T, S)."""
-    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    return bias.expand(torch.broadcast_shapes(mask.shape, (1, 1, length, 1))).repeat(1, 1, groups, 1)
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v, of q (B, H, T, d), k and v (B, K, S, d); no bias: all keys are seen.
 
-
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`attention` with the queries of a group as further rows of one product: they see the same keys, read once."""
+    Key head h serves H / K query heads. They see the same keys, so they become rows of one product, which
+    reads the keys once.
+    """
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K * T, d)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias).reshape(q.shape)
 
 
-CAUSAL = partial(attention, mask=None, causal=True)  # block size 1 from position 0 on: the kernel knows this mask
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The `attend` of `Qwen2.forward` that makes it the ordinary AR model, without a cache."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 # --- Cache ---
@@ -119,23 +119,24 @@ CAUSAL = partial(attention, mask=None, causal=True)  # block size 1 from positio
 class KVCache:
     """Keys and values of every position of every row, allocated once and written in place.
 
-    One slot a position: a slot holds what the last pass over its position wrote. Committed blocks (paper, section 4)
-    are the slots that no later pass runs again; the sub-block cache (DualCache) is the slots of the block in work.
+    There is one slot per position, and it holds what the last pass over its position wrote. The block cache
+    (paper, section 4) is the slots of finished blocks, which no later pass runs again. DualCache's sub-block
+    cache is the slots of the block in work.
     """
 
-    def __init__(self, config: Config, rows: int, length: int, like: Tensor):
+    def __init__(self, config: Config, rows: int, length: int, weight: Tensor):
+        """`weight`: any tensor with the device and dtype that the cache shall have."""
         shape = config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.k, self.v = weight.new_empty(shape), weight.new_empty(shape)
 
-    def update(self, layer: int, k: Tensor, v: Tensor, rows, positions, read) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, K, T, d) at rows (B, 1) and positions (B, T), tensors or both slices; the slots `read`, as
-        (B, K, S, d)."""
+    def update(self, layer: int, k: Tensor, v: Tensor, write: tuple, read: tuple) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, T, d) at (rows, slots) `write`; return those at `read`, (B, K, S, d)."""
         for cache, new in (self.k[layer], k), (self.v[layer], v):
-            cache[rows, positions] = new.transpose(1, 2)
+            cache[write] = new.transpose(1, 2)
         return self.k[layer][read].transpose(1, 2), self.v[layer][read].transpose(1, 2)
 
     def clear(self, row: int, start: int = 0) -> None:
-        """Empty a row from `start` on: slots that a mask hides are still read, so they must be finite."""
+        """Zero a row from `start` on: attention also reads slots that its mask hides; they must be finite."""
         self.k[:, row, start:] = self.v[:, row, start:] = 0
 
     def grow(self, length: int) -> None:
@@ -152,6 +153,16 @@ class KVCache:
 # Qwen2 as it is: nothing in the architecture is new. Module names are the checkpoint's tensor names.
 
 
+class Linear(nn.Linear):
+    """y = W x + b, plus the low-rank product of an adapter at the positions that `masked` selects."""
+
+    adapter = None  # see "Adapter" below
+
+    def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if masked is None or self.adapter is None else y + masked * self.adapter(x)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -163,7 +174,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, and sin with its first half negated, (B, 1, T, d), of positions (B, T), from float32 cast to dtype."""
+    """cos, and sin with its first half negated, (B, 1, T, d) in dtype, of positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -171,7 +182,7 @@ def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (B, heads, T, d): coordinate i < d/2 turns with i + d/2, by the angle i."""
+    """Rotary position embedding of x (B, heads, T, d): coordinates i and i + d/2 turn by angle i."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
@@ -179,31 +190,33 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, store: Callable | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable, masked: Tensor | None
+    ) -> Tensor:
         B, T, _ = x.shape
-        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(
+            1, 2
+        )  # (B, T, heads * d) -> (B, heads, T, d)
+        q, k, v = (heads(project(x, masked)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(torch.cat([q, k], dim=1), *rope).split([q.shape[1], k.shape[1]], dim=1)
-        if store:
-            k, v = store(k, v)  # (B, K, T, d) written, (B, K, S, d) seen
-        y = attention(q, k, v, mask)  # (B, H, T, d)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v)  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), masked)
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, masked: Tensor | None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x, masked)) * self.up_proj(x, masked), masked)
 
 
 class Layer(nn.Module):
@@ -215,15 +228,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, store: Callable | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, store)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable, masked: Tensor | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend, masked)
+        return x + self.mlp(self.post_attention_layernorm(x), masked)
 
 
 class Qwen2(nn.Module):
     """The Qwen2 transformer. Its state dict has exactly the published names."""
-
-    PREFILL = 512  # positions, in whole blocks, that run at once under a mask: it would grow with the prompt's square
 
     def __init__(self, config: Config):
         super().__init__()
@@ -235,7 +248,9 @@ class Qwen2(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mask_row = None  # the embedding of masks, (D), where an adapter brings its own
+        self.prepacked = False  # by `fast.prepack`: then it only decodes
         self.tie()
 
     def tie(self) -> None:
@@ -245,124 +260,129 @@ class Qwen2(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The embedding: what is made beside the model is made like it, on its device and in its dtype."""
+        """The embedding, whose device and dtype are the model's."""
         return self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask, store: Callable | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Callable, masked: Tensor | None = None
+    ) -> Tensor:
         """Hidden states (B, T, D) after the last norm, of tokens (B, T) at positions (B or 1, T).
 
-        The caller supplies positions and mask, and `store(layer, k, v)` where keys outside the window are seen too.
+        `attend(layer, q, k, v)` is all that the network asks of its surroundings: q (B, H, T, d), k and v
+        (B, K, T, d) of the window in, (B, H, T, d) out. A cache, if there is one, lives in there.
+        `masked` (B, T, 1) bool says where a loaded adapter is on; None is nowhere.
         """
         x = self.model.embed_tokens(tokens)
+        if masked is not None and self.mask_row is not None:
+            x = torch.where(masked, self.mask_row, x)
         rope = rotary(positions, self.config, x.dtype)
-        if isinstance(mask, Tensor):  # made once for all layers
-            groups = self.config.num_attention_heads // self.config.num_key_value_heads
-            mask = partial(grouped_attention, bias=attention_bias(mask, tokens.shape[1], groups, x.dtype))
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, mask, partial(store, i) if store else None)
+            x = layer(x, rope, partial(attend, i), masked)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D): row i predicts the token at position i + 1."""
+        """Logits (..., V) of hidden states (..., D): the output at position i predicts the token at i + 1."""
         return self.lm_head(hidden)
 
-    def window(
-        self, tokens: Tensor, starts: Sequence[int], cache: KVCache, block_size: int, rows: Sequence[int] | None = None
-    ) -> Tensor:
-        """One pass over positions [start, start + T) of each row: hidden states (B, T, D), K and V written in place.
 
-        tokens (B, T); row i of the batch stands in row `rows[i]` of the cache (default: i) and begins at `starts[i]`.
-        A query sees all slots up to the end of its own block, so that prefill, denoising, refresh, sub-block and
-        commit passes are this same call on different windows:
+# --- Windows ---
+# Every pass is the same call on another window [start, start + T) of positions. It writes the window's keys
+# and values into the cache in place, and each query sees all slots up to the end of its own block:
+#
+#                earlier blocks   block in work
+# prefill        wwwwwwwwwwwwww
+# denoise        rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww
+#   sub-block    rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr      w written and read, r only read
+# commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      last row: first token of the next block
 
-                           earlier blocks   block in work
-            prefill        wwwwwwwwwwwwww
-            denoise        rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww
-              sub-block    rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr      w written and read, r only read
-            commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      last row: first token of the next block
-        Raises InputError for a window of several blocks that is to run in pieces and does not begin with a block.
-        """
-        B, T = tokens.shape
-        rows = list(range(B)) if rows is None else list(rows)
-        piece, aligned = round_up(self.PREFILL, block_size), len(set(starts)) == 1
-        causal = aligned and starts[0] == 0 and block_size == 1
-        if T > piece and not causal:  # no block sees a later one: in pieces it is the same
-            whole = all(start % block_size == 0 for start in starts)
-            require(whole, f"A window of more than {piece} positions must begin with a block.")
-            cuts = range(0, T, piece)
-            parts = ((tokens[:, cut : cut + piece], [start + cut for start in starts]) for cut in cuts)
-            return torch.cat([self.window(*part, cache, block_size, rows) for part in parts], dim=1)
-        seen = round_up(max(starts) + T, block_size)
-        starts = list(starts)[:1] if aligned else list(starts)  # then all rows share positions and mask
-        positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
-        if aligned and starts[0] // block_size == (starts[0] + T - 1) // block_size:
-            mask = None  # the window lies in one block, and every slot that is read is at most that block's
-        elif causal:
-            mask = CAUSAL
-        else:
-            mask = block_causal_mask(positions, torch.arange(seen, device=tokens.device), block_size)[:, None]
-        if rows == list(range(rows[0], rows[0] + B)):  # a slice reads the past without copying it
-            read = slice(rows[0], rows[0] + B)
-        else:
-            read = torch.tensor(rows, device=tokens.device)
-        if aligned and isinstance(read, slice):
-            write = read, slice(starts[0], starts[0] + T)
-        else:
-            write = torch.tensor(rows, device=tokens.device)[:, None], positions
-        store = partial(cache.update, rows=write[0], positions=write[1], read=(read, slice(seen)))
-        return self(tokens, positions, mask, store)
+PIECE = 512  # positions of a prompt that run at once: a mask's memory is quadratic in them
 
 
-# --- Prepacked weights ---
+def window_pass(
+    model: Qwen2,
+    cache: KVCache,
+    tokens: Tensor,
+    positions: Tensor,
+    write: tuple,
+    read: tuple,
+    queries: Tensor | None,
+    block_size: int,
+    has_masks: bool,
+) -> Tensor:
+    """One pass over windows: hidden states (B, T, D) of tokens (B, T) at positions (B or 1, T).
 
-
-class PrepackedLinear(nn.Module):
-    """A linear layer for inference on a CPU, with its weight in the order in which oneDNN's products read it.
-
-    A plain weight is brought into that order anew in every product, or read in a slower one. Weights of fewer numbers
-    than SMALL stay in a core's cache, where a product of fewer rows than FEW is faster plain: these are kept both ways.
+    write, read: (rows, slots) of the cache, see `KVCache.update`; the slots of `read` are slice(S). queries:
+    see `looks_from`; None where every query sees all S slots. With `has_masks` a loaded adapter is on at the
+    masks. No shape depends on the values of a tensor, so that a pass can be recorded.
     """
+    bias = None
+    if queries is not None:
+        keys = torch.arange(read[1].stop, device=tokens.device)
+        groups = model.config.num_attention_heads // model.config.num_key_value_heads
+        bias = attention_bias(block_causal_mask(queries, keys, block_size), groups, model.weight.dtype)
 
-    SMALL, FEW = 2**18, 16
+    def attend(layer, q, k, v):
+        return grouped_attention(q, *cache.update(layer, k, v, write, read), bias)
 
-    def __init__(self, linear: nn.Linear, tied: bool = False):
-        """With `tied` the weight keeps its order, since somebody else needs it so; only the product is oneDNN's."""
-        super().__init__()
-        weight = linear.weight.detach()
-        self.plain = weight if weight.numel() < self.SMALL else None
-        self.packed = weight if tied else torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.plain is not None and x.numel() < self.FEW * x.shape[-1]:
-            return F.linear(x, self.plain, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    adapted = has_masks and model.mask_row is not None
+    masked = (tokens == model.config.mask_token_id)[..., None] if adapted else None
+    return model(tokens, positions, attend, masked)
 
 
-def prepack(model: Qwen2) -> Qwen2:
-    """The model, in place, ready to decode faster on a CPU: its linear layers as `PrepackedLinear`.
+def looks_from(tokens: Tensor, positions: Tensor, one_block: bool, mask_id: int | None) -> Tensor:
+    """The positions that the mask is made for: (B or 1, T), or (B or 1, 1) where one serves the whole window.
 
-    It can no longer be trained, saved, copied, moved, or run under autocast. In float32 sums run in another order, in
-    bfloat16 every product was the same to the bit where it was compared. Where oneDNN or the dtype is missing, or on
-    another device, the model comes back as it was.
+    A query looks from its own position. A mask (`mask_id`; None: there is none) looks from the end of its
+    window. Inside a diffusion block that is the same block. In a draft, whose block size is 1, it lets the
+    masks see each other.
     """
-    if model.weight.device.type != "cpu" or is_prepacked(model):
-        return model
-    try:
-        trial = PrepackedLinear(model.model.layers[0].self_attn.k_proj)
-        trial(model.weight.new_zeros(PrepackedLinear.FEW, model.config.hidden_size))
-    except (AttributeError, RuntimeError):
-        return model
-    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name in [name for name, child in parent.named_children() if isinstance(child, nn.Linear)]:
-            tied = parent is model and model.config.tie_word_embeddings
-            setattr(parent, name, PrepackedLinear(getattr(parent, name), tied))  # which lets go of the plain weight
-    return model.requires_grad_(False)
+    if one_block:
+        return positions[:, -1:]
+    return positions if mask_id is None else torch.where(tokens == mask_id, positions[:, -1:], positions)
 
 
-def is_prepacked(model: Qwen2) -> bool:
-    """Has `prepack` changed it?"""
-    return any(isinstance(module, PrepackedLinear) for module in model.modules())
+def run_window(
+    model: Qwen2,
+    tokens: Tensor,
+    starts: Sequence[int],
+    cache: KVCache,
+    block_size: int,
+    rows: Sequence[int] | None = None,
+    has_masks: bool = False,
+) -> Tensor:
+    """`window_pass` over positions [start, start + T) of each row, in pieces where the window is long.
+
+    tokens (B, T); window i begins at `starts[i]` and belongs to row `rows[i]` of the cache (default: i).
+    Returns (B, T, D). Raises InputError for a window that must be cut and does not begin with a block.
+    """
+    B, T = tokens.shape
+    rows = list(range(B)) if rows is None else list(rows)
+    piece = round_up(PIECE, block_size)
+    if T > piece:  # no block sees a later one, so pieces give the same
+        aligned = all(start % block_size == 0 for start in starts)
+        require(aligned, f"A window of more than {piece} positions must begin with a block.")
+        run_piece = lambda part, at: run_window(
+            model, part, [start + at for start in starts], cache, block_size, rows, has_masks
+        )
+        cuts = range(0, T, piece)
+        return torch.cat([run_piece(tokens[:, at : at + piece], at) for at in cuts], dim=1)
+    seen = round_up(max(starts) + T, block_size)
+    same_place = len(set(starts)) == 1
+    starts = list(starts)[:1] if same_place else list(starts)  # then all rows share positions and mask
+    one_block = all(start // block_size == (start + T - 1) // block_size for start in starts)
+    positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
+    queries = None  # a window inside one block sees all that is there and needs no mask
+    if not (one_block and same_place):
+        queries = looks_from(tokens, positions, one_block, model.config.mask_token_id if has_masks else None)
+    if rows == list(range(rows[0], rows[0] + B)):  # slices need no index tensors and read without a copy
+        read = slice(rows[0], rows[0] + B)
+        write = (read, slice(starts[0], starts[0] + T)) if same_place else None
+    else:
+        read, write = torch.tensor(rows, device=tokens.device), None
+    write = write or (torch.tensor(rows, device=tokens.device)[:, None], positions)
+    return window_pass(
+        model, cache, tokens, positions, write, (read, slice(seen)), queries, block_size, has_masks
+    )
 
 
 # --- Guess and accept ---
@@ -371,8 +391,8 @@ def is_prepacked(model: Qwen2) -> bool:
 def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Probabilities after temperature and top-p, and their token ids, both (N, V), the most probable first.
 
-    A token is dropped where the probability before it already exceeds top_p; the rest is renormalised. Temperature 0
-    leaves the probabilities as they are.
+    A token is dropped where the probability before it already exceeds top_p; the rest is renormalised.
+    Temperature 0 leaves the probabilities as they are.
     """
     if temperature == 0:
         temperature, top_p = 1.0, 1.0
@@ -385,8 +405,8 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, T
 def guess(logits: Tensor, decoding: "Decoding", draws: Tensor) -> tuple[Tensor, Tensor]:
     """A token and its confidence for each row of logits (N, V), in float32.
 
-    Temperature 0: the argmax and its softmax probability. Otherwise one draw, by the uniform numbers `draws` (N), and
-    its probability after temperature and top-p.
+    Temperature 0: the argmax and its softmax probability. Otherwise one draw, by the uniform numbers `draws`
+    (N), and its probability after temperature and top-p.
     """
     if decoding.temperature == 0:
         best, tokens = logits.max(dim=-1)
@@ -398,14 +418,21 @@ def guess(logits: Tensor, decoding: "Decoding", draws: Tensor) -> tuple[Tensor, 
     return ids.gather(1, place)[:, 0], p.gather(1, place)[:, 0]
 
 
-def accept(confidence: list[float], threshold: float, count: int | None = None) -> list[int]:
+def accept(
+    confidence: list[float], threshold: float, count: int | None = None, prefix: bool = False
+) -> list[int]:
     """Which guesses are kept (paper, section 4): all above the threshold, and always the most confident one.
 
-    Indices into `confidence`, in order; strictly above, and the first one on ties, so that threshold 1 keeps exactly
-    one guess a pass. With a `count` it is that many, the most confident ones, whatever the threshold.
+    Indices into `confidence`, in order; strictly above, and the first one on ties, so that threshold 1 keeps
+    exactly one guess per pass. With a `count` it is that many, the most confident ones, whatever the
+    threshold. With `prefix` guesses are kept from the first one on while they are above the threshold, and
+    always the first.
     """
     if count:
         return sorted(sorted(range(len(confidence)), key=lambda i: -confidence[i])[:count])
+    if prefix:
+        below = (i for i, c in enumerate(confidence) if i > 0 and c <= threshold)
+        return list(range(next(below, len(confidence))))
     best = confidence.index(max(confidence))
     return [i for i, c in enumerate(confidence) if c > threshold or i == best]
 
@@ -413,56 +440,105 @@ def accept(confidence: list[float], threshold: float, count: int | None = None) 
 # --- Decoding ---
 
 
+def knob(default, help: str, **more):
+    """A field of `Decoding` with the help text that the command line shows."""
+    return field(default=default, metadata={"help": help, **more})
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How to decode; the defaults are the paper's. Raises InputError for values that cannot work."""
 
-    block_size: int | None = None  # tokens denoised together; None: what the checkpoint was trained with; 1: AR
-    sub_block_size: int = 8  # window of a block that is revealed before the next; the default shrinks to smaller blocks
-    threshold: float = 0.9  # reveal guesses of more confidence than this; 1: one token a pass
-    cache: str = "block"  # "none": recompute everything; "block": keep finished blocks; "dual": DualCache too
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0: the most probable token
-    top_p: float = 1.0  # nucleus, at temperatures above 0
+    block_size: int | None = knob(None, "Tokens denoised together; 1 is AR  [default: the checkpoint's]")
+    sub_block_size: int = knob(8, "Window of a block that is revealed before the next one.")
+    threshold: float = knob(
+        0.9, "Keep guesses of more confidence than this, in [0, 1]; 1: one token per pass."
+    )
+    cache: str = knob(
+        "block",
+        "none: recompute everything; block: keep finished blocks; dual: DualCache for sub-blocks too.",
+        choices=("none", "block", "dual"),
+    )
+    max_new_tokens: int = knob(256, "Longest answer.")
+    temperature: float = knob(0.0, "0: the most probable token, else sample.")
+    top_p: float = knob(1.0, "Nucleus of the sampling.")
     stop_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's; (): none
-    seed: int | None = None  # with a seed, a prompt's tokens depend on nothing but prompt and options
-    batch_size: int = 16  # prompts decoded at the same time
-    tokens_per_pass: int | None = None  # reveal this many guesses a pass, the most confident, whatever the threshold
-    fuse_commit: bool = False  # commit a block in one pass with the next one's first; changes what that pass guesses
+    seed: int | None = knob(None, "Makes sampling repeatable.", min=0)
+    batch_size: int = knob(16, "Prompts decoded at the same time.")
+    tokens_per_pass: int | None = knob(
+        None, "Keep this many guesses per pass, the most confident, at any threshold."
+    )
+    fuse_commit: bool = knob(False, "Commit a block in one pass with the next one's first.")
     runner_up: bool = False  # also record the second-best token of each guess
-    cuda_graphs: bool = True  # replay recorded passes on CUDA: the same tokens, without the host's work
+    accept: str = knob(
+        "threshold",
+        "Which guesses stay: all above the threshold, or the prefix of them.",
+        choices=("threshold", "prefix"),
+    )
+    verify: bool = knob(False, "Lossless: guesses are drafts, kept where the model's own AR reading agrees.")
+    draft_width: int = knob(8, "Masks of a draft, with --verify.")
+    draft_confidence: float = knob(0.0, "Verify drafts while the product of their confidences exceeds this.")
 
     def __post_init__(self):
         whole = lambda v: type(v) is int and v >= 1
         number = lambda v, most: isinstance(v, (int, float)) and 0 <= v <= most
         ids = lambda v: isinstance(v, (tuple, list, set, frozenset)) and all(type(i) is int for i in v)
+        at_least_1 = "be a whole number of at least 1"
         for names, ok, rule in [
-            ("sub_block_size max_new_tokens batch_size", whole, "be a whole number of at least 1"),
-            ("block_size tokens_per_pass", lambda v: v is None or whole(v), "be a whole number of at least 1, or None"),
-            ("threshold top_p", lambda v: number(v, 1), "lie in [0, 1]"),
-            ("temperature", lambda v: v == 0 or number(v, 1e4) and v >= 1e-4, "be 0, or between 0.0001 and 10000"),
+            ("sub_block_size max_new_tokens batch_size draft_width", whole, at_least_1),
+            ("block_size tokens_per_pass", lambda v: v is None or whole(v), f"{at_least_1}, or None"),
+            ("threshold top_p draft_confidence", lambda v: number(v, 1), "lie in [0, 1]"),
+            (
+                "temperature",
+                lambda v: v == 0 or number(v, 1e4) and v >= 1e-4,
+                "be 0, or between 0.0001 and 10000",
+            ),
             ("cache", lambda v: v in ("none", "block", "dual"), "be none, block or dual"),
-            ("seed", lambda v: v is None or type(v) is int and 0 <= v < 2**63, "be between 0 and 2**63 - 1, or None"),
+            ("accept", lambda v: v in ("threshold", "prefix"), "be threshold or prefix"),
+            (
+                "seed",
+                lambda v: v is None or type(v) is int and 0 <= v < 2**63,
+                "be from 0 to 2**63 - 1, or None",
+            ),
             ("stop_token_ids", lambda v: v is None or ids(v), "be a list of token ids, or None"),
         ]:
             for name in names.split():
                 value = getattr(self, name)
                 require(ok(value), f"{name} is {value!r}, it must {rule}.")
+        if self.verify:
+            ok = self.cache == "block"
+            require(
+                ok,
+                f"verify reads what it has written from the cache, so cache must be block, not {self.cache}.",
+            )
+            require(
+                not self.fuse_commit, "verify commits nothing twice, so fuse_commit has no place beside it."
+            )
 
     def resolve(self, config: Config) -> "Decoding":
-        """With the checkpoint's values for what is None. Raises InputError where checkpoint and options clash."""
+        """With the checkpoint's values for None. Raises InputError where checkpoint and options clash."""
         size, sub = self.block_size or config.block_size, self.sub_block_size
+        if self.verify:
+            ok = self.block_size in (None, 1, config.block_size)
+            require(ok, f"verify reads as an AR model does, so block_size {size} has no place beside it.")
+            ok = config.mask_token_id is not None
+            require(ok, "The checkpoint has no mask token, so it cannot draft; load an adapter, or adapt it.")
+            size = 1
         if sub == Decoding.sub_block_size:
             sub = min(sub, size)  # only the default shrinks: a size that somebody chose must fit
-        require(size % sub == 0, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
+        ok = size % sub == 0 or self.verify
+        require(ok, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
         adapted = size == 1 or config.mask_token_id is not None
-        require(adapted, "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works.")
+        require(
+            adapted,
+            "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works.",
+        )
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
         return replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop)
 
 
 class Revealed(NamedTuple):
-    """A guess that was kept."""
+    """A guess of the token at a position."""
 
     position: int
     token: int
@@ -472,86 +548,185 @@ class Revealed(NamedTuple):
 
 @dataclass
 class Pass:
-    """One forward pass over one row's window: what it ran, and once it ran, what came of it."""
+    """One forward pass over one row's window: what goes in, and once it ran, what came of it."""
 
-    kind: str  # prefill, full, refresh, sub, commit or fused
+    kind: str  # prefill, full, refresh, sub, commit or fused; draft or verify
     start: int  # the window is [start, start + len(tokens))
     tokens: list[int]  # its input, masks included
-    guessed: list[int]  # positions guessed, position i from the output at i - 1 (token shift)
+    guessed: list[int]  # positions to guess; the output at i - 1 predicts position i (token shift)
     draws: Tensor  # a uniform number for each of them, at temperatures above 0
-    committed: int = 0  # so many first tokens of the window are final, and so are their keys and values
+    committed: int  # after this pass, positions before this have their final keys and values in the cache
     row: int = 0  # the prompt's index
-    revealed: list[Revealed] = field(default_factory=list)
+    revealed: list[Revealed] = field(default_factory=list)  # guesses that were kept
+    refused: list[Revealed] = field(default_factory=list)  # drafts that verification did not confirm
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
     finish_reason: str | None = None  # in a row's last pass: "stop" or "length"
 
 
-def sequence(
-    prompt: Sequence[int], decoding: Decoding, mask: int | None, known: int = 0
-) -> Generator[Pass, list, None]:
-    """The passes that write one answer (paper, section 4 and algorithm 1): the whole method, without the network.
+class Row:
+    """One prompt while it is decoded; its next pass follows from its state (paper, section 4, algorithm 1).
 
-    Yields each pass that it needs and is sent the guesses, a list of (token, confidence, runner-up) for `guessed`;
-    `decoding` is resolved. A pass is complete, with what it revealed, when the next one is asked for. The first
-    `known` positions of the prompt, whole blocks, are in the cache already.
+        while not row.finish_reason:
+            pass_ = row.next_pass()
+            row.take(pass_, run(pass_))
+
+    tokens: prompt, known tokens, kept guesses, and masks up to the end of the block in work.
+    final: every token before this position is certain.
+    committed: every position before this one is in a finished block whose keys and values are in the cache.
+    block_cached: DualCache only; every slot of the block in work was written.
     """
-    size, sub = decoding.block_size, decoding.sub_block_size
-    tokens, limit, stops = list(prompt), len(prompt) + decoding.max_new_tokens, set(decoding.stop_token_ids)
-    generator = torch.Generator()  # of this row alone: no other row changes what it draws
-    generator.seed() if decoding.seed is None else generator.manual_seed(decoding.seed)
-    threshold = torch.tensor(decoding.threshold).item()  # confidences are float32, so compare with one
-    final = len(prompt)  # everything before is known for good
 
-    def run(kind, start, stop, guessed, committed=0):
-        """One pass, and the guesses that it reveals; true when the answer is complete."""
-        nonlocal final
-        draws = torch.rand(len(guessed) if decoding.temperature else 0, generator=generator)
-        step = Pass(kind, start, tokens[start:stop], guessed, draws, committed)
-        guesses = yield step
-        # after committed tokens comes a token that no threshold holds back; what else is guessed beside it must pass
-        sure = guessed[:1] if committed else []
-        confidence = [1.0 if position in sure else c for position, (_, c, _) in zip(guessed, guesses)]
-        for i in accept(confidence, threshold, decoding.tokens_per_pass) if guessed else []:
-            step.revealed.append(Revealed(guessed[i], *guesses[i]))
-        for kept in step.revealed:
-            tokens[kept.position : kept.position + 1] = [kept.token]  # replaces a mask, or is appended
-        while final < min(len(tokens), limit) and tokens[final] != mask and not step.finish_reason:
-            step.final.append(tokens[final])
-            final += 1
-            step.finish_reason = "stop" if step.final[-1] in stops else "length" if final == limit else None
-        return step.finish_reason is not None
+    def __init__(
+        self, prompt: Sequence[int], decoding: Decoding, mask: int | None, cached: int = 0, index: int = 0
+    ):
+        """`decoding` is resolved; the prompt's first `cached` positions, whole blocks, are in the cache."""
+        self.decoding, self.mask, self.index = decoding, mask, index
+        self.tokens, self.final, self.prompt_length = list(prompt), len(prompt), len(prompt)
+        self.limit = len(prompt) + decoding.max_new_tokens
+        self.finish_reason, self.block_cached = None, False
+        blocks = len(prompt) // decoding.block_size * decoding.block_size
+        on_boundary = blocks == len(prompt)
+        if (
+            decoding.cache == "none"
+        ):  # nothing to fill; but a first token that opens a block needs a pass of its own
+            cached = blocks
+        # where a prompt ends on a block boundary, its last block's last output predicts the first token
+        self.committed = max(0, min(cached, blocks - decoding.block_size * on_boundary))
+        self.threshold = torch.tensor(
+            decoding.threshold
+        ).item()  # confidences are float32, so compare with one
+        self.generator = torch.Generator()  # of this row alone: no other row changes what it draws
+        self.generator.seed() if decoding.seed is None else self.generator.manual_seed(decoding.seed)
 
-    begin = len(prompt) // size * size  # of the block in work
-    aligned = begin == len(prompt)  # then the block's first token comes from the prefill's last row
-    first = 0 if decoding.cache == "none" else min(known, begin - size * aligned)
-    if aligned or (first < begin and decoding.cache != "none"):
-        if (yield from run("prefill", first, begin, [begin] * aligned, begin - first)):
-            return
-    cached = False  # does the block cache hold this block?
-    while True:
+    def next_pass(self) -> Pass:
+        """The next pass over this row. The answer must not be finished."""
+        size, sub, cache = self.decoding.block_size, self.decoding.sub_block_size, self.decoding.cache
+        begin = self.final // size * size  # of the block in work
         end = begin + size
-        tokens += [mask] * (end - len(tokens))
-        origin = 0 if decoding.cache == "none" else begin
-        for low in range(begin, end, sub):
-            high = low + sub
-            while masked := [i for i in range(low, high) if tokens[i] == mask]:
-                # token shift: the first position's guess stands one row before the window, in a whole-block pass
-                if cached and tokens[low] != mask:
-                    kind, start, stop = "sub", low, high
-                else:
-                    kind, start, stop = "refresh" if decoding.cache == "dual" else "full", origin, end
-                    cached = decoding.cache == "dual"
-                if (yield from run(kind, start, stop, masked)):
-                    return
-        # commit: the finished block runs once more without masks, and its last row begins the next block
-        kind, guessed, beyond = "commit", [end], 0
-        if decoding.fuse_commit and size > 1 and end + 1 < limit:  # and with it, all of masks, the next block
-            kind, guessed, beyond = "fused", [*range(end, end + sub)], size
-            tokens += [mask] * size
-        if (yield from run(kind, origin, end + beyond, guessed, end - origin)):
-            return
-        cached = beyond > 0 and decoding.cache == "dual"
-        begin = end
+        self.tokens += [self.mask] * (end - len(self.tokens))
+        start = 0 if cache == "none" else self.committed
+
+        # 1. Commit finished blocks: they run once more without masks, and the cache keeps what that pass
+        # wrote. Of the prompt this is the prefill. Where the next block has no token yet, the last output
+        # predicts its first one.
+        if self.committed < begin:
+            guessed = [begin] * (self.final == begin)
+            if begin <= self.prompt_length:
+                return self.plan("prefill", start, begin, guessed, begin)
+            if not self.decoding.fuse_commit or size == 1 or begin + 1 >= self.limit:
+                return self.plan("commit", start, begin, guessed, begin)
+            return self.plan(
+                "fused", start, end, list(range(begin, begin + sub)), begin
+            )  # and the next block's first
+
+        # 2. Sub-blocks are revealed from left to right: guess the masks of the first one that has any.
+        low = self.tokens.index(self.mask, begin) // sub * sub
+        guessed = [i for i in range(low, low + sub) if self.tokens[i] == self.mask]
+
+        # 3. DualCache runs the sub-block alone; the rest of its block is read from the cache, as the last
+        # refresh wrote it. Output low - 1 predicts position low and is not computed then. So while low is
+        # masked, and while the block has no cache, the whole block runs.
+        if self.block_cached and self.tokens[low] != self.mask:
+            return self.plan("sub", low, low + sub, guessed, self.committed)
+        return self.plan("refresh" if cache == "dual" else "full", start, end, guessed, self.committed)
+
+    def take(self, pass_: Pass, guesses: list[tuple]) -> None:
+        """Accept guesses (token, confidence, runner-up) for `pass_.guessed` and complete the pass."""
+        commits = pass_.committed > self.committed
+        self.committed = pass_.committed
+        if commits or pass_.kind == "refresh":  # a fused pass has written the next block's slots too
+            self.block_cached = (
+                pass_.kind == "refresh" or pass_.kind == "fused" and self.decoding.cache == "dual"
+            )
+        if guesses:
+            confidence = [c for _, c, _ in guesses]
+            if (
+                commits
+            ):  # the first token after a commit is always kept; other guesses must exceed the threshold
+                confidence[0] = 1.0
+            prefix = self.decoding.accept == "prefix"
+            kept = accept(confidence, self.threshold, self.decoding.tokens_per_pass, prefix)
+            pass_.revealed = [Revealed(pass_.guessed[i], *guesses[i]) for i in kept]
+        self.finish(pass_)
+
+    def plan(self, kind: str, start: int, stop: int, guessed: list[int], committed: int) -> Pass:
+        draws = torch.rand(len(guessed) if self.decoding.temperature else 0, generator=self.generator)
+        return Pass(kind, start, self.tokens[start:stop], guessed, draws, committed, self.index)
+
+    def finish(self, pass_: Pass) -> None:
+        """Write the revealed tokens and move `final` over what is certain now, at most to a stop token."""
+        for kept in pass_.revealed:
+            self.tokens[kept.position : kept.position + 1] = [kept.token]  # replaces a mask, or is appended
+        while self.final < min(len(self.tokens), self.limit) and self.tokens[self.final] != self.mask:
+            pass_.final.append(self.tokens[self.final])
+            self.final += 1
+            if pass_.final[-1] in self.decoding.stop_token_ids:
+                self.finish_reason = "stop"
+                break
+        if self.final == self.limit and not self.finish_reason:
+            self.finish_reason = "length"
+        pass_.finish_reason = self.finish_reason
+
+
+class VerifiedRow(Row):
+    """A row whose guesses are only drafts: the model's AR reading decides, so the answer is AR's.
+
+    Everything is read with block size 1. Of `tokens`, the last known one is not committed yet; behind it come
+    masks in a draft pass, and drafts in a verify pass. A cycle of the two writes at least two tokens.
+    """
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        self.drafts = []  # Revealed, for the positions from `final` on
+        self.uniform = []  # of each new token: AR draws one number per position, in order
+
+    def next_pass(self) -> Pass:
+        start, room = self.committed, self.limit - self.final
+        if start < self.final - 1 or self.final == self.prompt_length:
+            return self.plan("prefill", start, self.final, [self.final], self.final)
+
+        # 2. Verify: the last known token and the drafts, all causal, so the outputs are AR's own predictions.
+        if self.drafts:
+            del self.tokens[self.final :]
+            self.tokens += [draft.token for draft in self.drafts]
+            stop = len(self.tokens)
+            return self.plan("verify", start, stop, list(range(self.final, stop + 1)), self.final)
+
+        # 1. Draft: the last known token, then masks. The known token sees nothing behind it, so its output is
+        # AR's prediction and its keys and values are final. Each mask sees the other masks too, and the
+        # output at a mask drafts the position after it (token shift). Drafts that have no room to be kept are
+        # not made.
+        del self.tokens[self.final :]
+        self.tokens += [self.mask] * min(self.decoding.draft_width, max(0, room - 2))
+        stop = len(self.tokens)
+        return self.plan("draft", start, stop, list(range(self.final, stop + 1)), self.final)
+
+    def take(self, pass_: Pass, guesses: list[tuple]) -> None:
+        """Keep a prefill's or draft's exact token; of a verify pass, drafts while AR's predictions agree."""
+        found = [Revealed(position, *guess) for position, guess in zip(pass_.guessed, guesses)]
+        del self.tokens[self.final :]
+        if pass_.kind == "verify":
+            agree = [draft.token == guess.token for draft, guess in zip(self.drafts, found)]
+            kept = [*agree, False].index(False)
+            pass_.revealed, pass_.refused, self.drafts = found[: kept + 1], self.drafts[kept:], []
+            pass_.committed += kept
+        else:
+            pass_.revealed, self.drafts, sure = found[:1], [], 1.0
+            for draft in found[1:]:
+                sure *= draft.confidence
+                if sure <= self.decoding.draft_confidence:  # verifying it would hardly ever pay
+                    break
+                self.drafts.append(draft)
+        self.committed = pass_.committed
+        self.finish(pass_)
+
+    def plan(self, kind: str, start: int, stop: int, guessed: list[int], committed: int) -> Pass:
+        pass_ = Pass(kind, start, self.tokens[start:stop], guessed, torch.empty(0), committed, self.index)
+        if self.decoding.temperature:
+            while len(self.uniform) < guessed[-1] + 1 - self.prompt_length:
+                self.uniform += torch.rand(1, generator=self.generator).tolist()
+            pass_.draws = torch.tensor([self.uniform[i - self.prompt_length] for i in guessed])
+        return pass_
 
 
 def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> list[int]:
@@ -559,12 +734,16 @@ def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> l
     try:
         prompt = [operator.index(token) for token in prompt]
     except TypeError:
-        raise InputError("Prompts are a list of lists of token ids; encode text first, and wrap one prompt.") from None
+        raise InputError(
+            "Prompts are a list of lists of token ids; encode text first, and wrap one prompt."
+        ) from None
     vocab, limit = config.tokenizer_size or config.vocab_size, config.max_position_embeddings
     require(prompt, "The prompt is empty; give at least one token.")
     stray, mask = next((token for token in prompt if not 0 <= token < vocab), None), config.mask_token_id
     require(stray is None, f"The prompt has token id {stray}, outside the vocabulary of {vocab}.")
-    require(mask not in prompt, f"The prompt has the mask token, id {mask}, which only the decoder may write.")
+    require(
+        mask not in prompt, f"The prompt has the mask token, id {mask}, which only the decoder may write."
+    )
     total = len(prompt) + decoding.max_new_tokens
     sizes = f"{len(prompt)} prompt tokens and {decoding.max_new_tokens} new ones make {total} positions"
     require(total <= limit, f"{sizes}, the model has {limit}; lower max_new_tokens or shorten the prompt.")
@@ -572,11 +751,11 @@ def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> l
 
 
 class Memory:
-    """A conversation's cache, kept from one `decode` to the next, so that a turn pays only for what is new in it."""
+    """A conversation's cache, kept from one `decode` to the next: a turn runs only what is new in it."""
 
     def __init__(self):
         self.cache, self.block_size = None, 0
-        self.tokens = []  # of the blocks that are committed
+        self.tokens = []  # those whose keys and values are committed
 
     def recall(self, prompt: Sequence[int], block_size: int) -> int:
         """How many first positions of the prompt, whole blocks, are in the cache; the rest is forgotten."""
@@ -588,132 +767,143 @@ class Memory:
         self.tokens, self.block_size = self.tokens[:known], block_size
         return known
 
+    def keep(self, cache: KVCache, pass_: Pass) -> None:
+        """Take note of what a pass has committed."""
+        if pass_.committed > len(self.tokens):
+            self.cache = cache
+            self.tokens[pass_.start :] = pass_.tokens[: pass_.committed - pass_.start]
+
 
 def decode(
-    model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding, memory: Memory | None = None
+    model: Qwen2,
+    prompts: Iterable[Sequence[int]],
+    decoding: Decoding,
+    memory: Memory | None = None,
+    recorded=None,
 ) -> Iterator[Pass]:
-    """Decode prompts (lists of token ids), yielding a `Pass` for each pass of each row as it completes.
+    """Decode prompts (lists of token ids), yielding each `Pass` of each row once it is complete.
 
-    Rows walk on by themselves: those that wait for windows of the same width share a forward pass, prompts of nearly
-    the same length too, and a finished row leaves its place to the next prompt. A row's tokens are those of its prompt
-    decoded alone. With a `memory`, for one prompt only, blocks that an earlier call has committed are not run again.
+    Each row advances independently; rows that need windows of equal width share a forward pass, and so do
+    prompts of nearly the same length. A finished row leaves its place to the next prompt. A row's tokens are
+    those of its prompt decoded alone; in bfloat16 up to rounding, which depends on the shapes that share a
+    pass.
+    memory: for one prompt only; what an earlier call has committed is not run again.
+    recorded: `fast.RecordedPasses`, for CUDA.
     Raises InputError, before anything runs, for options or prompts that cannot work.
     """
     decoding = decoding.resolve(model.config)
     prompts = [check_prompt(prompt, decoding, model.config) for prompt in prompts]
     require(memory is None or len(prompts) == 1, f"A memory serves one prompt, not {len(prompts)}.")
-    return _decode(model, prompts, decoding, memory)
-
-
-@dataclass
-class Row:
-    """A prompt that is being decoded."""
-
-    index: int  # of the prompt
-    passes: Generator[Pass, list, None]
-    step: Pass | None  # the pass it waits for; None: done
+    require(
+        memory is None or recorded is None, "Recorded passes have a cache of their own; leave the memory out."
+    )
+    return decode_rows(model, prompts, decoding, memory, recorded)
 
 
 @torch.inference_mode()
-def _decode(
-    model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding, memory: Memory | None
+def decode_rows(
+    model: Qwen2, prompts: list[list[int]], decoding: Decoding, memory: Memory | None, recorded
 ) -> Iterator[Pass]:
-    longest = max((len(prompt) + decoding.max_new_tokens for prompt in prompts), default=0)
-    places, length = min(len(prompts), decoding.batch_size), round_up(longest, decoding.block_size)
-    graphs = None if memory or decoding.cache == "none" or not decoding.cuda_graphs else Graphs.of(model)
-    if graphs and graphs.in_use.acquire(blocking=False):
-        try:
-            yield from decode_rows(model, prompts, decoding, graphs.reserve(model, places, length), graphs=graphs)
-        finally:  # also where the caller breaks off
-            graphs.in_use.release()
-    else:  # or another decoding, half way, has the recorded passes' cache
+    """`decode` with resolved options and checked prompts. Row i of the cache belongs to `rows[i]`."""
+    size, places = decoding.block_size, min(len(prompts), decoding.batch_size)
+    longest = max((len(prompt) for prompt in prompts), default=0) + decoding.max_new_tokens
+    # a padded window may write past its row's last token
+    length = round_up(longest, size) + (decoding.draft_width + 1) * decoding.verify
+    if recorded:
+        cache = recorded.claim(model, places, length)
+    else:
         cache = memory and memory.cache or KVCache(model.config, places, length, model.weight)
         cache.grow(length)
-        yield from decode_rows(model, prompts, decoding, cache, memory)
-
-
-def decode_rows(
-    model: Qwen2,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    cache: KVCache,
-    memory: Memory | None = None,
-    graphs: "Graphs | None" = None,
-) -> Iterator[Pass]:
-    """`decode` with a cache that has a place for each of `batch_size` prompts, and room for the longest."""
-    size, places = decoding.block_size, min(len(prompts), decoding.batch_size)
     waiting = iter(enumerate(prompts))
+    kind = VerifiedRow if decoding.verify else Row
 
     def admit(place: int) -> Row | None:
         """The next waiting prompt, if any, as the row at this place of the cache."""
         for index, prompt in waiting:
-            known = memory.recall(prompt, size) if memory else 0
-            cache.clear(place, known)
-            passes = sequence(prompt, decoding, model.config.mask_token_id, known)
-            return Row(index, passes, next(passes))
+            cached = memory.recall(prompt, size) if memory else 0
+            cache.clear(place, cached)
+            row = kind(prompt, decoding, model.config.mask_token_id, cached, index)
+            row.planned = row.next_pass()
+            return row
         return None
 
-    rows = [admit(place) for place in range(places)]
-    while rows:
-        widths = [shared_width(row.step) for row in rows]
-        # prefills first, so that rows come together; then the width that most rows wait for
-        width = max(widths, key=lambda w: (w[0], widths.count(w)))
-        group = [place for place, w in enumerate(widths) if w == width]
-        steps = [rows[place].step for place in group]
-        for place, step, guesses in zip(group, steps, shifted_guesses(model, cache, group, steps, decoding, graphs)):
-            step.row = rows[place].index
-            try:
-                rows[place].step = rows[place].passes.send(guesses)
-            except StopIteration:
-                rows[place].step = None
-            if memory and step.committed:
-                memory.cache, memory.tokens[step.start :] = cache, step.tokens[: step.committed]
-            yield step
-        for place in reversed(group):
-            if rows[place].step is None:
-                row, last = admit(place), len(rows) - 1
-                if not row and place < last:
-                    cache.move(last, place)  # the rows in use stay the first ones
-                rows[place] = row or rows[last]
-                del rows[last + bool(row) :]
+    try:
+        rows = [admit(place) for place in range(places)]
+        while rows:
+            # 1. choose the rows that run together: prefills first, then the width that most rows wait for
+            widths = [shared_width(row.planned, decoding) for row in rows]
+            width = max(widths, key=lambda w: (w[0], widths.count(w)))
+            group = [place for place, w in enumerate(widths) if w == width]
+            # 2. run their passes as one
+            passes = [rows[place].planned for place in group]
+            guesses = run_passes(model, cache, group, passes, decoding, recorded)
+            # 3. each row takes its guesses and plans its next pass
+            for place, pass_, found in zip(group, passes, guesses):
+                row = rows[place]
+                row.take(pass_, found)
+                row.planned = None if row.finish_reason else row.next_pass()
+                if memory:
+                    memory.keep(cache, pass_)
+                yield pass_
+            # 4. the next prompts take the places of finished rows; without any, the last row moves there
+            for place in reversed(group):
+                if rows[place].finish_reason:
+                    row, last = admit(place), len(rows) - 1
+                    if not row and place < last:
+                        cache.move(last, place)
+                    rows[place] = row or rows[last]
+                    del rows[last + bool(row) :]
+    finally:  # also where the caller breaks off
+        if recorded:
+            recorded.release()
 
 
-def shared_width(step: Pass) -> tuple[bool, int]:
-    """Passes that agree in this run as one: is it a prefill, and its width, of a prefill rounded up to 64 positions."""
-    prefill = step.kind == "prefill"
-    return prefill, round_up(len(step.tokens), 64 if prefill else 1)
+def shared_width(pass_: Pass, decoding: Decoding) -> tuple[bool, int]:
+    """Passes that agree in this can run as one: whether it is a prefill, and its width after padding.
 
-
-def shifted_guesses(
-    model: Qwen2, cache: KVCache, rows: list[int], steps: list[Pass], decoding: Decoding, graphs: "Graphs | None" = None
-) -> list[list]:
-    """Run one pass over windows of one `shared_width`, of these rows of the cache: each one's guesses (token,
-    confidence, runner-up).
-
-    Token shift (paper, section 3): the guess for position i stands in the output at i - 1. What fills up a shorter
-    prompt stands behind it, where nothing of it looks, and its slots are written again before anybody reads them.
+    Prefills are padded to 64 positions, and passes that verify to the width of a draft, so that more rows
+    share them.
     """
-    counts, width = [len(step.guessed) for step in steps], max(len(step.tokens) for step in steps)
-    device = model.weight.device
-    wanted = [n * width + i - 1 - step.start for n, step in enumerate(steps) for i in step.guessed]
-    draws = torch.cat([step.draws for step in steps])
-    if graphs and steps[0].kind != "prefill":
-        found = graphs.run(model, cache, rows, steps, wanted, draws, decoding)
+    if pass_.kind == "prefill":
+        return True, round_up(len(pass_.tokens), 64)
+    return False, decoding.draft_width + 1 if pass_.kind == "verify" else len(pass_.tokens)
+
+
+def run_passes(
+    model: Qwen2, cache: KVCache, slots: list[int], passes: list[Pass], decoding: Decoding, recorded=None
+) -> list[list]:
+    """Run passes of one `shared_width` as one forward pass; pass i belongs to row `slots[i]` of the cache.
+
+    Returns the guesses (token, confidence, runner-up) of each pass. Shorter windows are padded on the right.
+    Their own tokens never attend to padding, and its slots are overwritten before they are read.
+    """
+    width = max(len(pass_.tokens) for pass_ in passes)
+    # token shift (paper, section 3): the output at i - 1 predicts position i
+    outputs = [n * width + i - 1 - pass_.start for n, pass_ in enumerate(passes) for i in pass_.guessed]
+    draws = torch.cat([pass_.draws for pass_ in passes])
+    tokens = torch.tensor([pass_.tokens + [0] * (width - len(pass_.tokens)) for pass_ in passes])
+    starts = [pass_.start for pass_ in passes]
+    has_masks = any(model.config.mask_token_id in pass_.tokens for pass_ in passes)
+    if recorded and passes[0].kind != "prefill":
+        found = recorded.run(cache, slots, tokens, starts, outputs, draws, decoding, has_masks)
     else:
-        tokens = torch.tensor([[*step.tokens, *[0] * (width - len(step.tokens))] for step in steps], device=device)
-        hidden = model.window(tokens, [step.start for step in steps], cache, decoding.block_size, rows)
-        if not wanted:
-            return [[] for _ in steps]
-        found = best_guesses(model, hidden.flatten(0, 1)[torch.tensor(wanted, device=device)], draws, decoding)
+        device = model.weight.device
+        hidden = run_window(model, tokens.to(device), starts, cache, decoding.block_size, slots, has_masks)
+        if not outputs:
+            return [[] for _ in passes]
+        found = best_guesses(
+            model, hidden.flatten(0, 1)[torch.tensor(outputs, device=device)], draws, decoding
+        )
     table = found.tolist()  # the pass's one transfer back
     finite = all(row[1] == row[1] for row in table)
-    require(finite, "The model's output is not a number; in float16 it may overflow, then bfloat16 or float32 works.")
+    require(finite, "The model's output is NaN; in float16 it may overflow, then bfloat16 or float32 works.")
     guesses = iter([(int(t), c, (int(other[0]), other[1]) if other else None) for t, c, *other in table])
-    return [[next(guesses) for _ in range(count)] for count in counts]
+    return [[next(guesses) for _ in pass_.guessed] for pass_ in passes]
 
 
 def best_guesses(model: Qwen2, hidden: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
-    """Token, confidence, and where asked for the runner-up's (N, 2 or 4), of hidden states (N, D), in float32.
+    """Token, confidence, and where asked for the runner-up's (N, 2 or 4), of hidden states (N, D), in
+    float32.
 
     float32 holds any id below 2**24.
     """
@@ -729,113 +919,6 @@ def best_guesses(model: Qwen2, hidden: Tensor, draws: Tensor, decoding: Decoding
     return torch.stack([column.float() for column in columns], dim=1)
 
 
-class Graphs:
-    """Passes of static shape, recorded once as CUDA graphs and replayed: a pass is one copy and one launch to the host.
-
-    A pass's shape is its rows (a power of 2), its width, and how many slots of the cache it reads (in steps of READ).
-    What fills up the rows stands in a spare row of the cache. Without `record` the passes run as they are, so that
-    their mathematics can be tested anywhere. One decoding at a time holds `in_use`, and with it cache and passes.
-    """
-
-    READ = 256
-    MOST = 256  # recorded passes that are kept, the last used ones
-    RECORDING = threading.Lock()  # CUDA allows one recording at a time in a process
-
-    def __init__(self, record: bool = True):
-        self.record, self.in_use = record, threading.Lock()
-        self.cache, self.weights, self.passes, self.pool, self.stream = None, None, {}, None, None
-
-    @staticmethod
-    def of(model: Qwen2) -> "Graphs | None":
-        """This model's; None where it is on no CUDA device."""
-        if model.weight.is_cuda:
-            GRAPHS.setdefault(model, Graphs())
-        graphs = GRAPHS.get(model)
-        return graphs if graphs and (model.weight.is_cuda or not graphs.record) else None
-
-    def reserve(self, model: Qwen2, rows: int, length: int) -> KVCache:
-        """A cache of at least this size and one spare row; recorded passes hold on to it, and to where weights lie."""
-        wanted, weights = (rows + 1, round_up(length, self.READ)), [(w.data_ptr(), w.dtype) for w in model.parameters()]
-        there = (0, 0) if self.cache is None else tuple(self.cache.k.shape[1:3])
-        # large enough for both, so that unlike requests do not undo each other's passes, unless that is far more
-        size, most = tuple(map(max, wanted, there)), 2 * max(math.prod(wanted), math.prod(there))
-        size = size if math.prod(size) <= most else wanted
-        if size != there or weights != self.weights:
-            self.passes, self.pool, self.cache = {}, None, None  # let go of the old ones first
-            self.cache, self.weights = KVCache(model.config, *size, model.weight), weights
-            self.cache.clear(size[0] - 1)
-        return self.cache
-
-    def run(
-        self,
-        model: Qwen2,
-        cache: KVCache,
-        rows: list[int],
-        steps: list[Pass],
-        wanted: list[int],
-        draws: Tensor,
-        decoding: Decoding,
-    ) -> Tensor:
-        """What `best_guesses` gives for the outputs `wanted` of the windows' pass."""
-        B, T, spare = 1 << (len(rows) - 1).bit_length(), len(steps[0].tokens), cache.k.shape[1] - 1
-        N = B * min(T, decoding.sub_block_size)  # no pass guesses more
-        whole = rows == list(range(B))
-        seen = round_up(max(step.start for step in steps) + T, decoding.block_size)
-        seen = min(round_up(seen, self.READ), cache.k.shape[2])
-        more = B - len(rows)
-        numbers = [token for step in steps for token in step.tokens] + [0] * (more * T)
-        numbers += [step.start for step in steps] + [0] * more
-        numbers += [*rows, *[spare] * more, *wanted, *[0] * (N - len(wanted))]
-        sampled = F.pad(draws, (0, N - len(draws))) if decoding.temperature else draws
-        given = torch.tensor(numbers)
-        key = (B, T, seen, whole, decoding.block_size, N, decoding.temperature, decoding.top_p, decoding.runner_up)
-        if key in self.passes:
-            self.passes[key] = self.passes.pop(key)  # now the last used one
-        else:
-            while len(self.passes) >= self.MOST:
-                del self.passes[next(iter(self.passes))]
-            self.passes[key] = self.prepare(model, cache, given, sampled, B, T, N, seen, whole, decoding)
-        inputs, found, replay = self.passes[key]
-        for static, value in zip(inputs, (given, sampled)):
-            static.copy_(value, non_blocking=True)
-        return (replay() if found is None else (replay(), found)[1])[: len(wanted)]
-
-    def prepare(self, model, cache, given, sampled, B, T, N, seen, whole, decoding) -> tuple:
-        """Input tensors, output tensor, and what runs the pass; where nothing is recorded that returns the output."""
-        device = model.weight.device
-        inputs = given.to(device), sampled.to(device)
-
-        def run() -> Tensor:
-            tokens, starts, rows, wanted = inputs[0].split([B * T, B, B, N])
-            positions = starts[:, None] + torch.arange(T, device=device)
-            ends = positions if T > decoding.block_size else positions[:, -1:]  # in one block all see the same slots
-            mask = block_causal_mask(ends, torch.arange(seen, device=device), decoding.block_size)[:, None]
-            read = slice(B) if whole else rows
-            store = partial(cache.update, rows=rows[:, None], positions=positions, read=(read, slice(seen)))
-            hidden = model(tokens.view(B, T), positions, mask, store)
-            return best_guesses(model, hidden.flatten(0, 1)[wanted], inputs[1], decoding)
-
-        return inputs, *(self.capture(run, device) if self.record else (None, run))
-
-    def capture(self, run: Callable[[], object], device: torch.device) -> tuple[object, Callable[[], None]]:
-        """Record what `run` does as a CUDA graph: its output, which each replay fills anew, and the replay."""
-        with self.RECORDING, torch.cuda.device(device):
-            self.stream = self.stream or torch.cuda.Stream()
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # recording needs kernels that have run before
-                for _ in range(2):
-                    run()  # writes what the replay will write once more
-            torch.cuda.current_stream().wait_stream(self.stream)
-            graph, apart = torch.cuda.CUDAGraph(), "thread_local"  # other threads may go on allocating
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=apart):
-                found = run()
-        self.pool = self.pool or graph.pool()
-        return found, graph.replay
-
-
-GRAPHS: WeakKeyDictionary[Qwen2, Graphs] = WeakKeyDictionary()  # of each model that has decoded
-
-
 @dataclass
 class Result:
     """What was generated for one prompt."""
@@ -844,11 +927,11 @@ class Result:
     finish_reason: str | None = None  # "stop" or "length"; None where decoding was broken off
     passes: dict[str, int] = field(default_factory=dict)  # kind -> count
 
-    def add(self, step: Pass) -> None:
+    def add(self, pass_: Pass) -> None:
         """Take in the row's next pass."""
-        self.tokens += step.final
-        self.passes[step.kind] = self.passes.get(step.kind, 0) + 1
-        self.finish_reason = step.finish_reason
+        self.tokens += pass_.final
+        self.passes[pass_.kind] = self.passes.get(pass_.kind, 0) + 1
+        self.finish_reason = pass_.finish_reason
 
     @property
     def forward_passes(self) -> int:
@@ -856,21 +939,26 @@ class Result:
         return sum(self.passes.values()) - self.passes.get("prefill", 0)
 
 
-def generate(model: Qwen2, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Result]:
-    """Decode prompts (lists of token ids) to the end: one result a prompt, in order. Raises what `decode` raises."""
+def generate(
+    model: Qwen2, prompts: Iterable[Sequence[int]], decoding: Decoding, recorded=None
+) -> list[Result]:
+    """Decode prompts (lists of token ids) to the end: one result per prompt, in order. Raises what `decode`
+    raises.
+    """
+    prompts = list(prompts)
     results = [Result() for _ in prompts]
-    for step in decode(model, prompts, decoding):
-        results[step.row].add(step)
+    for pass_ in decode(model, prompts, decoding, recorded=recorded):
+        results[pass_.row].add(pass_)
     return results
 
 
 # --- Tokenizer ---
 
 # how Qwen2 cuts text into words before byte-pair encoding
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TOKENIZER_FILES = (
+    "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json chat_template.jinja"
 )
-TOKENIZER_FILES = "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json chat_template.jinja"
 
 
 class Tokenizer:
@@ -890,7 +978,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens in the text are recognised. Raises InputError for text that is no Unicode."""
-        require(text.isascii() or text.encode(errors="ignore").decode() == text, f"No valid Unicode text: {text!a}.")
+        require(
+            text.isascii() or text.encode(errors="ignore").decode() == text,
+            f"No valid Unicode text: {text!a}.",
+        )
         return self.encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -921,7 +1012,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """From `tokenizer.json`, or `vocab.json` and `merges.txt` with the added tokens of `tokenizer_config.json` or
     `added_tokens.json`. Raises InputError where they are missing or disagree."""
     folder = Path(folder)
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES.split() if (folder / name).is_file()}
+    files = {
+        name: (folder / name).read_bytes() for name in TOKENIZER_FILES.split() if (folder / name).is_file()
+    }
     settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
     ok = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()
     require(ok, f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, must be there.")
@@ -934,7 +1027,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
             encoder.normalizer = normalizers.NFC()
             split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-            encoder.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+            encoder.pre_tokenizer = pre_tokenizers.Sequence(
+                [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+            )
             encoder.decoder = decoders.ByteLevel()
         added = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
         if not added and "added_tokens.json" in files:
@@ -945,7 +1040,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
             encoder.add_special_tokens([token]) if token.special else encoder.add_tokens([token])
             got = encoder.token_to_id(token.content)
-            require(got == i, f"{folder}: added token {token.content!r} is listed as id {i} but becomes {got}.")
+            require(
+                got == i, f"{folder}: added token {token.content!r} is listed as id {i} but becomes {got}."
+            )
     except InputError:
         raise
     except Exception as error:  # the library raises plain Exception, a malformed entry anything
@@ -994,8 +1091,14 @@ def locate(path: str | os.PathLike, weights: bool = True) -> Path:
 
     try:
         small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES.split()]
-        folder = Path(snapshot_download(str(path), allow_patterns=small))  # tells which weight files there are
-        return Path(snapshot_download(str(path), allow_patterns=[*small, *shards(folder)])) if weights else folder
+        folder = Path(
+            snapshot_download(str(path), allow_patterns=small)
+        )  # tells which weight files there are
+        return (
+            Path(snapshot_download(str(path), allow_patterns=[*small, *shards(folder)]))
+            if weights
+            else folder
+        )
     except InputError:
         raise
     except Exception as error:  # no network, no such repository, no space
@@ -1041,7 +1144,9 @@ def parse_config(raw: dict) -> Config:
     raw = {"bd_size": 1} | {key: value for key, value in raw.items() if value is not None}
     for key, kinds in OTHER_KEYS.items():
         names = " or ".join(kind.__name__ for kind in kinds)
-        require(type(raw.get(key)) in (*kinds, type(None)), f"config.json: {key} is {raw.get(key)!r}, no {names}.")
+        require(
+            type(raw.get(key)) in (*kinds, type(None)), f"config.json: {key} is {raw.get(key)!r}, no {names}."
+        )
     rope = raw.get("rope_parameters", {})  # newer Transformers keep rope_theta in here
     if type(raw.get("hidden_size")) is type(heads := raw.get("num_attention_heads")) is int and heads > 0:
         ok = "head_dim" in raw or raw["hidden_size"] % heads == 0
@@ -1056,7 +1161,10 @@ def parse_config(raw: dict) -> Config:
     plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
     sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", [])
     for ok, problem in [
-        (kind in ("qwen2", "Fast_dLLM_Qwen"), f"model_type is {kind!r}, only qwen2 and Fast_dLLM_Qwen are built"),
+        (
+            kind in ("qwen2", "Fast_dLLM_Qwen"),
+            f"model_type is {kind!r}, only qwen2 and Fast_dLLM_Qwen are built",
+        ),
         (activation == "silu", f"hidden_act is {activation!r}, only silu is built"),
         (plain, "rope_scaling is set, and scaled rotary positions are not built; set it to null"),
         (not sliding, "use_sliding_window is set, and sliding windows are not built; set it to false"),
@@ -1083,7 +1191,9 @@ def unparse_config(c: Config) -> dict:
     raw = {
         "architectures": ["Fast_dLLM_QwenForCausalLM" if adapted else "Qwen2ForCausalLM"],
         "model_type": "Fast_dLLM_Qwen" if adapted else "qwen2",
-        **{key: getattr(c, key) for key in (*SHAPE_KEYS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")},
+        **{
+            key: getattr(c, key) for key in (*SHAPE_KEYS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+        },
         "hidden_act": "silu",
         "eos_token_id": c.stop_token_ids[0] if len(c.stop_token_ids) == 1 else list(c.stop_token_ids),
         "mask_token_id": c.mask_token_id,
@@ -1104,7 +1214,9 @@ def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
         mask = tokenizer.id("|<MASK>|") if mask is None else mask
         size, rows = len(tokenizer), config.vocab_size
         require(size <= rows, f"{folder}: the tokenizer has {size} ids, the embedding only {rows} rows.")
-    return replace(config, mask_token_id=mask, stop_token_ids=tuple(dict.fromkeys(stops)), tokenizer_size=size)
+    return replace(
+        config, mask_token_id=mask, stop_token_ids=tuple(dict.fromkeys(stops)), tokenizer_size=size
+    )
 
 
 def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
@@ -1132,7 +1244,9 @@ def load(
     with torch.device("meta"):
         model = Qwen2(config)
 
-    expected = {name: list(p.shape) for name, p in model.named_parameters()}  # a tied head is the embedding, once
+    expected = {
+        name: list(p.shape) for name, p in model.named_parameters()
+    }  # a tied head is the embedding, once
     files = {}
     for file in shards(folder):
         with open_weights(folder / file) as weights:
@@ -1142,11 +1256,16 @@ def load(
                 ok = wanted in (None, shape)
                 require(ok, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
     repeated = config.tie_word_embeddings and files.pop("lm_head.weight", None)  # others write it again
-    for names, problem in [(expected.keys() - files, "missing"), (files.keys() - expected, "not part of this model")]:
+    for names, problem in [
+        (expected.keys() - files, "missing"),
+        (files.keys() - expected, "not part of this model"),
+    ]:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         require(not names, f"{folder}: tensor {min(names, default='')} is {problem}{more}.")
     for name in expected:  # the embedding is the first: "auto" takes its dtype
-        with open_weights(folder / files[name], device) as weights:  # opened anew, so that its pages are let go
+        with open_weights(
+            folder / files[name], device
+        ) as weights:  # opened anew, so that its pages are let go
             tensor = weights.get_tensor(name)
         dtype = dtype or tensor.dtype
         module, _, leaf = name.rpartition(".")
@@ -1155,7 +1274,10 @@ def load(
     if repeated:
         with open_weights(folder / repeated, device) as weights:
             same = torch.equal(weights.get_tensor("lm_head.weight").to(dtype), model.lm_head.weight)
-        require(same, f"{repeated}: lm_head.weight is not the embedding, but config.json has tie_word_embeddings true.")
+        require(
+            same,
+            f"{repeated}: lm_head.weight is not the embedding, but config.json has tie_word_embeddings true.",
+        )
     return model.eval(), tokenizer
 
 
@@ -1165,10 +1287,12 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     Raises OSError where the folder cannot be written; a checkpoint that was there is then still whole. Raises
     InputError for a prepacked model, which has no weights in a form that could be written.
     """
-    require(not is_prepacked(model), "A prepacked model cannot be saved; save it before `prepack`.")
+    require(not model.prepacked, "A prepacked model cannot be saved; save it before `prepack`.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head is not repeated
+    weights = {
+        name: p.detach().contiguous() for name, p in model.named_parameters()
+    }  # a tied head is not repeated
     dtype = str(model.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
     files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}

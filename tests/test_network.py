@@ -5,7 +5,16 @@ import torch
 from conftest import golden
 
 import fastdllm
-from fastdllm import CAUSAL, InputError, KVCache, Qwen2, block_causal_mask
+from fastdllm import (
+    InputError,
+    KVCache,
+    Qwen2,
+    attention_bias,
+    block_causal_mask,
+    causal_attention,
+    grouped_attention,
+    run_window,
+)
 
 LOGITS = golden("logits")["cases"]
 
@@ -20,7 +29,10 @@ def tokens_of(ids):
 
 def full_hidden(model, ids, block_size):
     positions = torch.arange(len(ids))[None]
-    return model(tokens_of(ids), positions, block_causal_mask(positions, positions[0], block_size)[:, None])
+    mask = block_causal_mask(positions, positions[0], block_size)
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    bias = attention_bias(mask, groups, model.weight.dtype)
+    return model(tokens_of(ids), positions, lambda layer, *qkv: grouped_attention(*qkv, bias))
 
 
 def same_logits(model, hidden, expected):
@@ -60,13 +72,13 @@ def test_window_equals_golden_logits_for_every_kind_of_pass(golden_models, case)
         ("commit", "commit_ids", start),
         ("next", "next_ids", start + size),
     ]:
-        same_logits(model, model.window(tokens_of(case[ids]), [at], cache, size), case[kind])
+        same_logits(model, run_window(model, tokens_of(case[ids]), [at], cache, size), case[kind])
 
 
 @torch.inference_mode()
 def test_causal_kernel_equals_block_size_1_mask(golden_models):
     model, ids = golden_models["untied"], list(range(3, 40))
-    causal = model(tokens_of(ids), torch.arange(len(ids))[None], CAUSAL)
+    causal = model(tokens_of(ids), torch.arange(len(ids))[None], causal_attention)
     torch.testing.assert_close(causal, full_hidden(model, ids, 1), atol=1e-4, rtol=1e-4)
 
 
@@ -79,10 +91,12 @@ def test_committed_blocks_equal_one_uncached_forward(golden_models, size, rng):
     )
     ids = torch.randint(0, 280, (48,), generator=rng).tolist()
     noise = torch.randint(0, 280, (48,), generator=rng).tolist()
-    hidden = [model.window(tokens_of(ids[:24]), [0], cache, size)]
+    hidden = [run_window(model, tokens_of(ids[:24]), [0], cache, size)]
     for start in range(24, 48, size):
-        model.window(tokens_of(noise[start : start + size]), [start], cache, size)  # leaves nothing behind
-        hidden.append(model.window(tokens_of(ids[start : start + size]), [start], cache, size))
+        run_window(
+            model, tokens_of(noise[start : start + size]), [start], cache, size
+        )  # leaves nothing behind
+        hidden.append(run_window(model, tokens_of(ids[start : start + size]), [start], cache, size))
     torch.testing.assert_close(torch.cat(hidden, dim=1), full_hidden(model, ids, size), atol=1e-4, rtol=1e-4)
 
 
@@ -90,26 +104,33 @@ def test_committed_blocks_equal_one_uncached_forward(golden_models, size, rng):
 @torch.inference_mode()
 def test_a_long_window_runs_in_pieces_and_gives_the_same(golden_models, monkeypatch, size, rng):
     model, widths, forward = golden_models["tied"], [], Qwen2.forward
-    monkeypatch.setattr(Qwen2, "PREFILL", 20)
+    monkeypatch.setattr(fastdllm, "PIECE", 20)
     monkeypatch.setattr(
         Qwen2, "forward", lambda self, *given: widths.append(given[0].shape[1]) or forward(self, *given)
     )
     ids = torch.randint(0, 280, (96,), generator=rng).tolist()
     cache = KVCache(model.config, 1, 96, model.weight)
-    hidden = [model.window(tokens_of(ids[begin:end]), [begin], cache, size) for begin, end in ((0, 24), (24, 96))]
+    hidden = [
+        run_window(model, tokens_of(ids[begin:end]), [begin], cache, size)
+        for begin, end in ((0, 24), (24, 96))
+    ]
     assert max(widths) <= 24
     torch.testing.assert_close(torch.cat(hidden, dim=1), full_hidden(model, ids, size), atol=1e-4, rtol=1e-4)
     if size > 1:
         with pytest.raises(InputError, match="must begin with a block"):
-            model.window(tokens_of(ids[:40]), [25], cache, size)
+            run_window(model, tokens_of(ids[:40]), [25], cache, size)
 
 
 @torch.inference_mode()
 def test_rows_at_the_same_place_share_one_mask(golden_models, monkeypatch):
     model, masks, bias = golden_models["tied"], [], fastdllm.attention_bias
-    monkeypatch.setattr(fastdllm, "attention_bias", lambda mask, *rest: masks.append(mask) or bias(mask, *rest))
+    monkeypatch.setattr(
+        fastdllm, "attention_bias", lambda mask, *rest: masks.append(mask) or bias(mask, *rest)
+    )
     for starts in ([0, 0, 0], [8, 16, 24]):
-        model.window(torch.ones(3, 16, dtype=torch.long), starts, KVCache(model.config, 3, 40, model.weight), 8)
+        run_window(
+            model, torch.ones(3, 16, dtype=torch.long), starts, KVCache(model.config, 3, 40, model.weight), 8
+        )
     assert [len(mask) for mask in masks] == [1, 3]
 
 
@@ -121,9 +142,9 @@ def test_ragged_windows_equal_single_rows(golden_models, rng):
     together = KVCache(model.config, 4, 40, model.lm_head.weight)
     together.k.fill_(1e3), together.v.fill_(1e3)  # whatever stood there before
     for row, start in enumerate(starts):
-        model.window(tokens[row : row + 1, :start], [0], together, 8, [row + 1])
+        run_window(model, tokens[row : row + 1, :start], [0], together, 8, [row + 1])
     windows = torch.stack([tokens[row, start : start + 8] for row, start in enumerate(starts)])
-    hidden = model.window(windows, starts, together, 8, [1, 2, 3])
+    hidden = run_window(model, windows, starts, together, 8, [1, 2, 3])
     for row, start in enumerate(starts):
         alone = full_hidden(model, tokens[row, : start + 8].tolist(), 8)[0, start:]
         torch.testing.assert_close(hidden[row], alone, atol=1e-4, rtol=1e-4)
