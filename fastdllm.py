@@ -13,7 +13,7 @@ Read it from top to bottom; the method itself is `Row`. The file needs torch, sa
 works when copied alone. `fast.py` beside it makes decoding faster and changes nothing else.
 
 Shapes: B rows of a batch, T positions of a window, S keys seen, D hidden size, H query heads, K key/value
-heads, d head size, V vocabulary. Positions are absolute and start at 0; block k covers [k * size, k * size + size).
+heads, d head size, V vocabulary. Positions are absolute and start at 0; block k begins at k * block_size.
 """
 
 import json
@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -476,7 +477,9 @@ class Decoding:
         choices=("threshold", "prefix"),
     )
     verify: bool = knob(False, "Lossless: guesses are drafts, kept where the model's own AR reading agrees.")
-    draft_width: int = knob(8, "Masks of a draft, with --verify.")
+    draft_width: int | None = knob(
+        None, "Masks of a draft, with --verify  [default: the adapter's, or half a block]"
+    )
     draft_confidence: float = knob(0.0, "Verify drafts while the product of their confidences exceeds this.")
 
     def __post_init__(self):
@@ -485,8 +488,12 @@ class Decoding:
         ids = lambda v: isinstance(v, (tuple, list, set, frozenset)) and all(type(i) is int for i in v)
         at_least_1 = "be a whole number of at least 1"
         for names, ok, rule in [
-            ("sub_block_size max_new_tokens batch_size draft_width", whole, at_least_1),
-            ("block_size tokens_per_pass", lambda v: v is None or whole(v), f"{at_least_1}, or None"),
+            ("sub_block_size max_new_tokens batch_size", whole, at_least_1),
+            (
+                "block_size tokens_per_pass draft_width",
+                lambda v: v is None or whole(v),
+                f"{at_least_1}, or None",
+            ),
             ("threshold top_p draft_confidence", lambda v: number(v, 1), "lie in [0, 1]"),
             (
                 "temperature",
@@ -534,7 +541,8 @@ class Decoding:
             "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works.",
         )
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
-        return replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop)
+        width = self.draft_width or config.draft_width or max(1, config.block_size // 2)
+        return replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
 
 
 class Revealed(NamedTuple):
@@ -902,21 +910,27 @@ def run_passes(
 
 
 def best_guesses(model: Qwen2, hidden: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
-    """Token, confidence, and where asked for the runner-up's (N, 2 or 4), of hidden states (N, D), in
-    float32.
+    """Token and confidence, and the runner-up's where asked for, (N, 2 or 4) float32, of hidden states (N, D).
 
     float32 holds any id below 2**24.
     """
-    config = model.config
-    logits = model.logits(hidden)
-    if config.mask_token_id is not None:
-        logits[:, config.mask_token_id] = -torch.inf  # a mask is no guess
-    logits = logits[:, : config.tokenizer_size].float()
-    columns = [*guess(logits, decoding, draws.to(logits.device))]
-    if decoding.runner_up:
-        p = logits.softmax(dim=-1).scatter(1, columns[0][:, None], 0.0)
-        columns += [p.argmax(dim=-1), p.amax(dim=-1)]
-    return torch.stack([column.float() for column in columns], dim=1)
+    mask_id, size = model.config.mask_token_id, model.config.tokenizer_size
+
+    def columns(logits: Tensor, draws: Tensor) -> Tensor:
+        logits = logits[:, :size].float()
+        found = [*guess(logits, decoding, draws)]
+        if decoding.runner_up:
+            p = logits.softmax(dim=-1).scatter(1, found[0][:, None], 0.0)
+            found += [p.argmax(dim=-1), p.amax(dim=-1)]
+        return torch.stack([column.float() for column in found], dim=1)
+
+    logits, draws = model.logits(hidden), draws.to(hidden.device)
+    if mask_id is not None:
+        logits[:, mask_id] = -torch.inf  # a mask is no guess
+    # on a CPU a few rows at a time: what is read several times then stays in a core's cache
+    rows = max(1, 2**18 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(rows), draws.split(rows) if len(draws) else repeat(draws))
+    return torch.cat([columns(*part) for part in parts])
 
 
 @dataclass
@@ -942,9 +956,7 @@ class Result:
 def generate(
     model: Qwen2, prompts: Iterable[Sequence[int]], decoding: Decoding, recorded=None
 ) -> list[Result]:
-    """Decode prompts (lists of token ids) to the end: one result per prompt, in order. Raises what `decode`
-    raises.
-    """
+    """Decode prompts (lists of token ids) to the end: one result per prompt, in order. Raises as `decode`."""
     prompts = list(prompts)
     results = [Result() for _ in prompts]
     for pass_ in decode(model, prompts, decoding, recorded=recorded):
