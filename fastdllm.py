@@ -73,9 +73,8 @@ class Config:
     block_size: int = 1  # `bd_size`: the diffusion block of the training; 1 is a plain autoregressive Qwen2
     mask_token_id: int | None = None  # the id of a position that is not yet known; an AR model has none
     stop_token_ids: tuple[int, ...] = ()  # `eos_token_id`
-    tokenizer_size: int | None = (
-        None  # ids from here on are padding rows of the embedding and are never guessed
-    )
+    tokenizer_size: int | None = None  # ids from here on are padding rows of the embedding, never guessed
+    draft_width: int | None = None  # masks of a draft that a loaded adapter was trained with
 
 
 # --- Mask ---
