@@ -23,7 +23,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -440,105 +440,93 @@ def accept(
 # --- Decoding ---
 
 
-def knob(default, help: str, **more):
-    """A field of `Decoding` with the help text that the command line shows."""
-    return field(default=default, metadata={"help": help, **more})
+def knob(default, help: str, kind: type | None = None, low=None, high=None, choices: tuple = ()):
+    """A field of `Decoding`: its help on the command line, and which values it may have."""
+    rule = {"help": help, "kind": kind, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=rule)
+
+
+CACHES, ACCEPTS = ("none", "block", "dual"), ("threshold", "prefix")
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How to decode; the defaults are the paper's. Raises InputError for values that cannot work."""
 
-    block_size: int | None = knob(None, "Tokens denoised together; 1 is AR  [default: the checkpoint's]")
-    sub_block_size: int = knob(8, "Window of a block that is revealed before the next one.")
-    threshold: float = knob(
-        0.9, "Keep guesses of more confidence than this, in [0, 1]; 1: one token per pass."
+    block_size: int | None = knob(
+        None, "Tokens denoised together; 1: AR  [default: the checkpoint's]", int, 1
     )
-    cache: str = knob(
-        "block",
-        "none: recompute everything; block: keep finished blocks; dual: DualCache for sub-blocks too.",
-        choices=("none", "block", "dual"),
-    )
-    max_new_tokens: int = knob(256, "Longest answer.")
-    temperature: float = knob(0.0, "0: the most probable token, else sample.")
-    top_p: float = knob(1.0, "Nucleus of the sampling.")
+    sub_block_size: int = knob(8, "Window of a block that is revealed before the next one.", int, 1)
+    threshold: float = knob(0.9, "Keep guesses of more confidence; 1 keeps one per pass.", float, 0, 1)
+    cache: str = knob("block", "Reuse nothing, finished blocks, or also sub-blocks.", choices=CACHES)
+    max_new_tokens: int = knob(256, "Longest answer.", int, 1)
+    temperature: float = knob(0.0, "0: the most probable token, else sample.", float, 0, 1e4)
+    top_p: float = knob(1.0, "Nucleus of the sampling.", float, 0, 1)
     stop_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's; (): none
-    seed: int | None = knob(None, "Makes sampling repeatable.", min=0)
-    batch_size: int = knob(16, "Prompts decoded at the same time.")
-    tokens_per_pass: int | None = knob(
-        None, "Keep this many guesses per pass, the most confident, at any threshold."
-    )
+    seed: int | None = knob(None, "Makes sampling repeatable.", int, 0, 2**63 - 1)
+    batch_size: int = knob(16, "Prompts decoded at the same time.", int, 1)
+    tokens_per_pass: int | None = knob(None, "Keep so many guesses per pass, at any threshold.", int, 1)
     fuse_commit: bool = knob(False, "Commit a block in one pass with the next one's first.")
     runner_up: bool = False  # also record the second-best token of each guess
-    accept: str = knob(
-        "threshold",
-        "Which guesses stay: all above the threshold, or the prefix of them.",
-        choices=("threshold", "prefix"),
-    )
-    verify: bool = knob(False, "Lossless: guesses are drafts, kept where the model's own AR reading agrees.")
+    accept: str = knob("threshold", "Keep all guesses above the threshold, or a prefix.", choices=ACCEPTS)
+    verify: bool = knob(False, "Lossless: keep guesses only where the model's own AR reading agrees.")
     draft_width: int | None = knob(
-        None, "Masks of a draft, with --verify  [default: the adapter's, or half a block]"
+        None, "Masks of a draft  [default: the adapter's, or half a block]", int, 1
     )
-    draft_confidence: float = knob(0.0, "Verify drafts while the product of their confidences exceeds this.")
+    draft_confidence: float = knob(0.0, "Verify drafts while their joint confidence is above.", float, 0, 1)
 
     def __post_init__(self):
-        whole = lambda v: type(v) is int and v >= 1
-        number = lambda v, most: isinstance(v, (int, float)) and 0 <= v <= most
-        ids = lambda v: isinstance(v, (tuple, list, set, frozenset)) and all(type(i) is int for i in v)
-        at_least_1 = "be a whole number of at least 1"
-        for names, ok, rule in [
-            ("sub_block_size max_new_tokens batch_size", whole, at_least_1),
-            (
-                "block_size tokens_per_pass draft_width",
-                lambda v: v is None or whole(v),
-                f"{at_least_1}, or None",
-            ),
-            ("threshold top_p draft_confidence", lambda v: number(v, 1), "lie in [0, 1]"),
-            (
-                "temperature",
-                lambda v: v == 0 or number(v, 1e4) and v >= 1e-4,
-                "be 0, or between 0.0001 and 10000",
-            ),
-            ("cache", lambda v: v in ("none", "block", "dual"), "be none, block or dual"),
-            ("accept", lambda v: v in ("threshold", "prefix"), "be threshold or prefix"),
-            (
-                "seed",
-                lambda v: v is None or type(v) is int and 0 <= v < 2**63,
-                "be from 0 to 2**63 - 1, or None",
-            ),
-            ("stop_token_ids", lambda v: v is None or ids(v), "be a list of token ids, or None"),
-        ]:
-            for name in names.split():
-                value = getattr(self, name)
-                require(ok(value), f"{name} is {value!r}, it must {rule}.")
-        if self.verify:
-            ok = self.cache == "block"
-            require(
-                ok,
-                f"verify reads what it has written from the cache, so cache must be block, not {self.cache}.",
-            )
-            require(
-                not self.fuse_commit, "verify commits nothing twice, so fuse_commit has no place beside it."
-            )
+        for name, rule in ((f.name, f.metadata) for f in fields(self) if "kind" in f.metadata):
+            value, default = getattr(self, name), getattr(Decoding, name)
+            low, high = rule["low"], math.inf if rule["high"] is None else rule["high"]
+            if rule["choices"]:
+                ok, must = value in rule["choices"], f"be one of {', '.join(rule['choices'])}"
+            elif rule["kind"] is int:
+                ok, must = type(value) is int and low <= value <= high, f"be a whole number of at least {low}"
+                must += f" and at most {high}" * (high < math.inf)
+            elif rule["kind"] is float:
+                ok, must = (
+                    isinstance(value, (int, float)) and low <= value <= high,
+                    f"lie in [{low:g}, {high:g}]",
+                )
+            else:
+                ok, must = type(value) is bool, "be True or False"
+            require(ok or value is default is None, f"{name} is {value!r}, it must {must}.")
+        tiny = 0 < self.temperature < 1e-4  # logits divided by it would overflow
+        require(not tiny, f"temperature is {self.temperature}, it must be 0 or at least 0.0001.")
+        stop = self.stop_token_ids
+        ok = (
+            stop is None
+            or isinstance(stop, (tuple, list, set, frozenset))
+            and all(type(i) is int for i in stop)
+        )
+        require(ok, f"stop_token_ids is {stop!r}, it must be a list of token ids, or None.")
+        cached = not self.verify or self.cache == "block"
+        require(
+            cached, f"verify reads from the cache what it has written: cache must be block, not {self.cache}."
+        )
+        require(
+            not (self.verify and self.fuse_commit), "verify has no commit passes, so leave fuse_commit out."
+        )
 
     def resolve(self, config: Config) -> "Decoding":
         """With the checkpoint's values for None. Raises InputError where checkpoint and options clash."""
         size, sub = self.block_size or config.block_size, self.sub_block_size
+        has_mask = config.mask_token_id is not None
         if self.verify:
+            require(
+                has_mask,
+                "The checkpoint has no mask token, so it cannot draft; load an adapter, or adapt it.",
+            )
             ok = self.block_size in (None, 1, config.block_size)
-            require(ok, f"verify reads as an AR model does, so block_size {size} has no place beside it.")
-            ok = config.mask_token_id is not None
-            require(ok, "The checkpoint has no mask token, so it cannot draft; load an adapter, or adapt it.")
-            size = 1
+            require(ok, f"verify reads as an AR model does, so leave block_size {size} out.")
+            size = sub = 1
         if sub == Decoding.sub_block_size:
             sub = min(sub, size)  # only the default shrinks: a size that somebody chose must fit
-        ok = size % sub == 0 or self.verify
-        require(ok, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
-        adapted = size == 1 or config.mask_token_id is not None
-        require(
-            adapted,
-            "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works.",
-        )
+        fits = size % sub == 0
+        require(fits, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
+        adapted = "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works."
+        require(has_mask or size == 1, adapted)
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
         width = self.draft_width or config.draft_width or max(1, config.block_size // 2)
         return replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
@@ -583,25 +571,20 @@ class Row:
     block_cached: DualCache only; every slot of the block in work was written.
     """
 
-    def __init__(
-        self, prompt: Sequence[int], decoding: Decoding, mask: int | None, cached: int = 0, index: int = 0
-    ):
+    def __init__(self, prompt: Sequence[int], decoding: Decoding, mask: int | None, cached=0, index=0):
         """`decoding` is resolved; the prompt's first `cached` positions, whole blocks, are in the cache."""
         self.decoding, self.mask, self.index = decoding, mask, index
         self.tokens, self.final, self.prompt_length = list(prompt), len(prompt), len(prompt)
-        self.limit = len(prompt) + decoding.max_new_tokens
-        self.finish_reason, self.block_cached = None, False
-        blocks = len(prompt) // decoding.block_size * decoding.block_size
-        on_boundary = blocks == len(prompt)
-        if (
-            decoding.cache == "none"
-        ):  # nothing to fill; but a first token that opens a block needs a pass of its own
-            cached = blocks
-        # where a prompt ends on a block boundary, its last block's last output predicts the first token
-        self.committed = max(0, min(cached, blocks - decoding.block_size * on_boundary))
-        self.threshold = torch.tensor(
-            decoding.threshold
-        ).item()  # confidences are float32, so compare with one
+        self.limit, self.finish_reason = len(prompt) + decoding.max_new_tokens, None
+        # the prompt's whole blocks are prefilled; without a cache only where they predict the first token: a
+        # prompt that ends on a block boundary needs the last output of its last block
+        size = decoding.block_size
+        blocks = len(prompt) // size * size
+        cached = blocks if decoding.cache == "none" else cached
+        self.committed = max(0, min(cached, blocks - size * (blocks == len(prompt))))
+        self.block_cached = False
+        # confidences are float32, so the threshold must be one too
+        self.threshold = torch.tensor(decoding.threshold).item()
         self.generator = torch.Generator()  # of this row alone: no other row changes what it draws
         self.generator.seed() if decoding.seed is None else self.generator.manual_seed(decoding.seed)
 
@@ -615,24 +598,22 @@ class Row:
 
         # 1. Commit finished blocks: they run once more without masks, and the cache keeps what that pass
         # wrote. Of the prompt this is the prefill. Where the next block has no token yet, the last output
-        # predicts its first one.
+        # predicts its first one. A fused pass also runs the next block, and guesses its first sub-block.
         if self.committed < begin:
-            guessed = [begin] * (self.final == begin)
+            guessed = [begin] if self.final == begin else []
             if begin <= self.prompt_length:
                 return self.plan("prefill", start, begin, guessed, begin)
-            if not self.decoding.fuse_commit or size == 1 or begin + 1 >= self.limit:
-                return self.plan("commit", start, begin, guessed, begin)
-            return self.plan(
-                "fused", start, end, list(range(begin, begin + sub)), begin
-            )  # and the next block's first
+            if self.decoding.fuse_commit and size > 1 and begin + 1 < self.limit:
+                return self.plan("fused", start, end, range(begin, begin + sub), begin)
+            return self.plan("commit", start, begin, guessed, begin)
 
         # 2. Sub-blocks are revealed from left to right: guess the masks of the first one that has any.
         low = self.tokens.index(self.mask, begin) // sub * sub
         guessed = [i for i in range(low, low + sub) if self.tokens[i] == self.mask]
 
         # 3. DualCache runs the sub-block alone; the rest of its block is read from the cache, as the last
-        # refresh wrote it. Output low - 1 predicts position low and is not computed then. So while low is
-        # masked, and while the block has no cache, the whole block runs.
+        # refresh wrote it. Output low - 1, which predicts position low, is then not computed. So while
+        # position low is a mask, and while the block has no cache, the whole block runs.
         if self.block_cached and self.tokens[low] != self.mask:
             return self.plan("sub", low, low + sub, guessed, self.committed)
         return self.plan("refresh" if cache == "dual" else "full", start, end, guessed, self.committed)
@@ -642,98 +623,99 @@ class Row:
         commits = pass_.committed > self.committed
         self.committed = pass_.committed
         if commits or pass_.kind == "refresh":  # a fused pass has written the next block's slots too
-            self.block_cached = (
-                pass_.kind == "refresh" or pass_.kind == "fused" and self.decoding.cache == "dual"
-            )
+            self.block_cached = self.decoding.cache == "dual" and pass_.kind in ("refresh", "fused")
         if guesses:
             confidence = [c for _, c, _ in guesses]
-            if (
-                commits
-            ):  # the first token after a commit is always kept; other guesses must exceed the threshold
+            if commits:
+                # the first token after a commit is always kept; the others must exceed the threshold
                 confidence[0] = 1.0
             prefix = self.decoding.accept == "prefix"
             kept = accept(confidence, self.threshold, self.decoding.tokens_per_pass, prefix)
             pass_.revealed = [Revealed(pass_.guessed[i], *guesses[i]) for i in kept]
         self.finish(pass_)
 
-    def plan(self, kind: str, start: int, stop: int, guessed: list[int], committed: int) -> Pass:
-        draws = torch.rand(len(guessed) if self.decoding.temperature else 0, generator=self.generator)
+    def plan(self, kind: str, start: int, stop: int, guessed: Iterable[int], committed: int) -> Pass:
+        guessed = list(guessed)
+        draws = self.draw(guessed) if self.decoding.temperature else torch.empty(0)
         return Pass(kind, start, self.tokens[start:stop], guessed, draws, committed, self.index)
 
+    def draw(self, guessed: list[int]) -> Tensor:
+        """A uniform number for each guess; positions are drawn anew in every pass."""
+        return torch.rand(len(guessed), generator=self.generator)
+
     def finish(self, pass_: Pass) -> None:
-        """Write the revealed tokens and move `final` over what is certain now, at most to a stop token."""
+        """Write the revealed tokens and move `final` over what is certain now.
+
+        The answer ends early at a stop token, as soon as no mask precedes it.
+        """
         for kept in pass_.revealed:
             self.tokens[kept.position : kept.position + 1] = [kept.token]  # replaces a mask, or is appended
-        while self.final < min(len(self.tokens), self.limit) and self.tokens[self.final] != self.mask:
-            pass_.final.append(self.tokens[self.final])
-            self.final += 1
-            if pass_.final[-1] in self.decoding.stop_token_ids:
-                self.finish_reason = "stop"
+        while self.final < min(len(self.tokens), self.limit) and not self.finish_reason:
+            token = self.tokens[self.final]
+            if token == self.mask:
                 break
-        if self.final == self.limit and not self.finish_reason:
-            self.finish_reason = "length"
+            pass_.final.append(token)
+            self.final += 1
+            if token in self.decoding.stop_token_ids:
+                self.finish_reason = "stop"
+            elif self.final == self.limit:
+                self.finish_reason = "length"
         pass_.finish_reason = self.finish_reason
 
 
 class VerifiedRow(Row):
     """A row whose guesses are only drafts: the model's AR reading decides, so the answer is AR's.
 
-    Everything is read with block size 1. Of `tokens`, the last known one is not committed yet; behind it come
-    masks in a draft pass, and drafts in a verify pass. A cycle of the two writes at least two tokens.
+    Everything is read with block size 1. The last known token is not committed yet. A cycle is two passes and
+    writes at least two tokens: what AR predicts after that token, drafts that AR confirms, and one more.
     """
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
-        self.drafts = []  # Revealed, for the positions from `final` on
-        self.uniform = []  # of each new token: AR draws one number per position, in order
+        self.drafts = []  # list of Revealed, for the positions from `final` on
+        self.numbers = []  # uniform, of each new token
 
     def next_pass(self) -> Pass:
         start, room = self.committed, self.limit - self.final
-        if start < self.final - 1 or self.final == self.prompt_length:
+        if self.final == self.prompt_length:
             return self.plan("prefill", start, self.final, [self.final], self.final)
 
-        # 2. Verify: the last known token and the drafts, all causal, so the outputs are AR's own predictions.
-        if self.drafts:
-            del self.tokens[self.final :]
-            self.tokens += [draft.token for draft in self.drafts]
-            stop = len(self.tokens)
-            return self.plan("verify", start, stop, list(range(self.final, stop + 1)), self.final)
-
-        # 1. Draft: the last known token, then masks. The known token sees nothing behind it, so its output is
-        # AR's prediction and its keys and values are final. Each mask sees the other masks too, and the
-        # output at a mask drafts the position after it (token shift). Drafts that have no room to be kept are
-        # not made.
-        del self.tokens[self.final :]
-        self.tokens += [self.mask] * min(self.decoding.draft_width, max(0, room - 2))
+        # 1. Draft: the last known token, then masks. That token sees nothing behind it, so its output is AR's
+        # prediction, and its keys and values are final. A mask also sees the other masks, and its output
+        # drafts the position after it (token shift). Masks whose drafts could not be kept are left out.
+        # 2. Verify: the last known token, then the drafts, all causal: the outputs are AR's predictions.
+        masks = [self.mask] * min(self.decoding.draft_width, max(0, room - 2))
+        self.tokens[self.final :] = [draft.token for draft in self.drafts] or masks
         stop = len(self.tokens)
-        return self.plan("draft", start, stop, list(range(self.final, stop + 1)), self.final)
+        kind = "verify" if self.drafts else "draft"
+        return self.plan(kind, start, stop, range(self.final, stop + 1), self.final)
 
     def take(self, pass_: Pass, guesses: list[tuple]) -> None:
-        """Keep a prefill's or draft's exact token; of a verify pass, drafts while AR's predictions agree."""
+        """Keep AR's prediction, and of a verify pass the drafts before it: those that AR predicts too."""
         found = [Revealed(position, *guess) for position, guess in zip(pass_.guessed, guesses)]
+        agree = [draft.token == guess.token for draft, guess in zip(self.drafts, found)]
+        kept = [*agree, False].index(False)  # a draft pass has none to compare
+        pass_.revealed, pass_.refused = found[: kept + 1], self.drafts[kept:]
+        self.committed = pass_.committed = pass_.committed + kept
+        self.drafts = self.promising(found[1:]) if pass_.kind == "draft" else []
         del self.tokens[self.final :]
-        if pass_.kind == "verify":
-            agree = [draft.token == guess.token for draft, guess in zip(self.drafts, found)]
-            kept = [*agree, False].index(False)
-            pass_.revealed, pass_.refused, self.drafts = found[: kept + 1], self.drafts[kept:], []
-            pass_.committed += kept
-        else:
-            pass_.revealed, self.drafts, sure = found[:1], [], 1.0
-            for draft in found[1:]:
-                sure *= draft.confidence
-                if sure <= self.decoding.draft_confidence:  # verifying it would hardly ever pay
-                    break
-                self.drafts.append(draft)
-        self.committed = pass_.committed
         self.finish(pass_)
 
-    def plan(self, kind: str, start: int, stop: int, guessed: list[int], committed: int) -> Pass:
-        pass_ = Pass(kind, start, self.tokens[start:stop], guessed, torch.empty(0), committed, self.index)
-        if self.decoding.temperature:
-            while len(self.uniform) < guessed[-1] + 1 - self.prompt_length:
-                self.uniform += torch.rand(1, generator=self.generator).tolist()
-            pass_.draws = torch.tensor([self.uniform[i - self.prompt_length] for i in guessed])
-        return pass_
+    def promising(self, drafts: list[Revealed]) -> list[Revealed]:
+        """The drafts that are worth a verification: while all of them may still be right together."""
+        together, found = 1.0, []
+        for draft in drafts:
+            together *= draft.confidence
+            if together <= self.decoding.draft_confidence:
+                break
+            found.append(draft)
+        return found
+
+    def draw(self, guessed: list[int]) -> Tensor:
+        """AR draws one number per position; here a position gets its number in every pass."""
+        while len(self.numbers) <= guessed[-1] - self.prompt_length:
+            self.numbers += torch.rand(1, generator=self.generator).tolist()
+        return torch.tensor([self.numbers[i - self.prompt_length] for i in guessed])
 
 
 def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> list[int]:
@@ -909,7 +891,7 @@ def run_passes(
 
 
 def best_guesses(model: Qwen2, hidden: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
-    """Token and confidence, and the runner-up's where asked for, (N, 2 or 4) float32, of hidden states (N, D).
+    """Guesses of hidden states (N, D), float32: token, confidence, and if asked the runner-up's; (N, 2 or 4).
 
     float32 holds any id below 2**24.
     """
