@@ -21,7 +21,6 @@ import math
 import operator
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -40,6 +39,9 @@ from torch import Tensor, nn
 
 class InputError(ValueError):
     """The caller's input cannot work; the message is one sentence: what is wrong, and what would work."""
+
+    def __init__(self, sentence: str):
+        super().__init__(" ".join(sentence.split()))  # one line, also where a name in it has line breaks
 
 
 def require(ok: object, sentence: str) -> None:
@@ -947,11 +949,30 @@ def generate(
 
 # --- Tokenizer ---
 
-# how Qwen2 cuts text into words before byte-pair encoding
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# how Qwen2 splits text into words before byte-pair encoding
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TOKENIZER_FILES = (
     "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json chat_template.jinja"
-)
+).split()
+
+
+def brief(text: object) -> str:
+    """One line of at most 200 characters, for foreign text in a message."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def call_tokenizer(problem: str, function: Callable, *args, **options):
+    """`function`'s result. Raises InputError with `problem` where the tokenizers library fails."""
+    try:
+        return function(*args, **options)
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+        raise InputError(f"{problem}: {brief(repr(error))}") from None
 
 
 class Tokenizer:
@@ -959,23 +980,21 @@ class Tokenizer:
 
     def __init__(self, encoder: Encoder, system: str | None, files: dict[str, bytes]):
         self.encoder = encoder
-        self.system = system  # what ChatML begins with where the messages have no system message
-        self.files = files  # by name, so that a checkpoint can be saved with its tokenizer
+        self.system = system  # the default system message of a chat
+        self.files = files  # contents by name, so that `save` can copy the tokenizer
 
     def __len__(self) -> int:
-        """Ids in use: the largest one plus 1."""
-        return max(self.encoder.get_vocab().values()) + 1
+        """The largest id plus 1."""
+        return max(self.encoder.get_vocab().values(), default=-1) + 1
 
     def id(self, token: str) -> int | None:
         return self.encoder.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text are recognised. Raises InputError for text that is no Unicode."""
-        require(
-            text.isascii() or text.encode(errors="ignore").decode() == text,
-            f"No valid Unicode text: {text!a}.",
-        )
-        return self.encoder.encode(text, add_special_tokens=False).ids
+        """Token ids; special tokens in the text are recognised. Raises InputError for invalid text."""
+        valid = text.isascii() or text.encode(errors="ignore").decode() == text
+        require(valid, f"No valid Unicode text: {brief(ascii(text))}.")
+        return call_tokenizer("Cannot encode text", self.encoder.encode, text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -983,7 +1002,7 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict], system: bool = True) -> list[int]:
         """ChatML of messages with `role` and `content`, up to where the assistant's turn begins.
 
-        Without a system message the default one comes first, unless `system` is false: the middle of a conversation.
+        The default system message is added where there is none; `system=False` omits it, to continue a chat.
         """
         if system and self.system is not None and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -991,7 +1010,7 @@ class Tokenizer:
         return self.encode(text + "<|im_start|>assistant\n")
 
     def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
-        """Text of ids that arrive in chunks, each character as soon as its last byte is there."""
+        """Text of ids that arrive in chunks; a character is yielded as soon as its last byte has arrived."""
         stream, ids, written = decoders.DecodeStream(skip_special_tokens=True), [], 0
         for chunk in chunks:
             ids += chunk
@@ -1002,45 +1021,42 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """From `tokenizer.json`, or `vocab.json` and `merges.txt` with the added tokens of `tokenizer_config.json` or
-    `added_tokens.json`. Raises InputError where they are missing or disagree."""
+    """From `tokenizer.json`, or `vocab.json` and `merges.txt`, with added tokens of `tokenizer_config.json`
+    or `added_tokens.json`. Raises InputError for missing, damaged or contradictory files."""
     folder = Path(folder)
-    files = {
-        name: (folder / name).read_bytes() for name in TOKENIZER_FILES.split() if (folder / name).is_file()
-    }
-    settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
-    ok = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()
-    require(ok, f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, must be there.")
-    try:
-        if "tokenizer.json" in files:
-            encoder = Encoder.from_str(files["tokenizer.json"].decode())
-            encoder.no_truncation()
-            encoder.no_padding()
-        else:
-            encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-            encoder.normalizer = normalizers.NFC()
-            split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-            encoder.pre_tokenizer = pre_tokenizers.Sequence(
-                [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
-            )
-            encoder.decoder = decoders.ByteLevel()
-        added = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
-        if not added and "added_tokens.json" in files:
-            names = read_json(folder / "added_tokens.json")
-            added = {i: {"content": name, "special": True} for name, i in names.items()}
-        for i, entry in sorted(added.items()):
-            flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-            token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
-            encoder.add_special_tokens([token]) if token.special else encoder.add_tokens([token])
-            got = encoder.token_to_id(token.content)
-            require(
-                got == i, f"{folder}: added token {token.content!r} is listed as id {i} but becomes {got}."
-            )
-    except InputError:
-        raise
-    except Exception as error:  # the library raises plain Exception, a malformed entry anything
-        raise InputError(f"{folder}: the tokenizer files cannot be read: {error!r}") from None
-    # of a model's own chat template only the default system message differs from plain ChatML
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    complete = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()
+    require(complete, f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, must be there.")
+    return call_tokenizer(f"{folder}: the tokenizer files cannot be read", build_tokenizer, folder, files)
+
+
+def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    listed = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
+    if "added_tokens.json" in files and not listed:
+        names = json.loads(files["added_tokens.json"])
+        listed = {i: {"content": name, "special": True} for name, i in names.items()}
+    if "tokenizer.json" in files:
+        encoder = Encoder.from_buffer(files["tokenizer.json"])
+        encoder.no_truncation()
+        encoder.no_padding()
+        own = json.loads(files["tokenizer.json"]).get("added_tokens", [])
+        listed = {entry["id"]: entry for entry in own} | listed
+    else:
+        encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        encoder.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        encoder.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+        encoder.decoder = decoders.ByteLevel()
+    for i, entry in sorted(listed.items()):
+        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+        token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
+        encoder.add_special_tokens([token]) if token.special else encoder.add_tokens([token])
+        got = encoder.token_to_id(token.content)  # the library numbers tokens itself and ignores listed ids
+        what = f"added token {token.content!r:.100}"
+        require(got == i, f"{folder}: {what} is listed as id {i} but becomes {got}.")
+    # a chat template differs from plain ChatML only in its default system message
     template = str(settings.get("chat_template") or files.get("chat_template.jinja", b"").decode())
     match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{<]+)<\|im_end\|>", template)
     system = match[1] if match else None if template else "You are a helpful assistant."
@@ -1049,144 +1065,144 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 # --- Load and save ---
 
-SHAPE_KEYS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings"
-).split()
-OTHER_KEYS = {
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (float, int)),
-    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window"), (bool,)),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
-    **{"layer_types": (list,), "mask_token_id": (int,), "eos_token_id": (int, list)},
-}
-INDEX = "model.safetensors.index.json"  # tensor name -> file, where the weights are in several
+SAME_KEYS = list(Config.__annotations__)[:11]  # fields that config.json has under the same names
+SIZES = SAME_KEYS[:8]
+REQUIRED = {"model_type", *SIZES} - {"head_dim"}
+INDEX = "model.safetensors.index.json"  # tensor name -> file, for weights in several files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file's object. Raises InputError naming the file where it is missing or broken."""
+    """A JSON file's object. Raises InputError for a missing or invalid file."""
     require(path.is_file(), f"{path.parent}: {path.name} is missing.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {brief(error)}") from None
     require(isinstance(content, dict), f"{path}: must hold one JSON object.")
     return content
 
 
 def locate(path: str | os.PathLike, weights: bool = True) -> Path:
-    """The checkpoint's folder: `path`, or where huggingface_hub keeps what it downloads for a Hub id `owner/name`."""
+    """The checkpoint's folder: `path` itself, or the download of a Hub id, with `weights` or without."""
     if Path(path).is_dir():
         return Path(path)
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-    require(hub_id, f"{path}: no such folder; give a checkpoint's folder or a Hub id like owner/name.")
+    require(hub_id, f"{brief(path)}: no such folder; give a checkpoint's folder or a Hub id like owner/name.")
     from huggingface_hub import snapshot_download  # comes with tokenizers; only needed here
 
+    download = partial(snapshot_download, str(path))
     try:
-        small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES.split()]
-        folder = Path(
-            snapshot_download(str(path), allow_patterns=small)
-        )  # tells which weight files there are
-        return (
-            Path(snapshot_download(str(path), allow_patterns=[*small, *shards(folder)]))
-            if weights
-            else folder
-        )
+        small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
+        folder = Path(download(allow_patterns=small))  # with the index, which names the weight files
+        return Path(download(allow_patterns=[*small, *shards(folder)])) if weights else folder
     except InputError:
         raise
     except Exception as error:  # no network, no such repository, no space
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = brief(error) or type(error).__name__
         raise InputError(
-            f"{path}: no such folder, and as a Hub id it could not be downloaded ({reason}); where there is a network, "
-            f"`hf download {path} --local-dir FOLDER` fetches it, then give FOLDER."
+            f"{path}: no such folder, and as a Hub id it could not be downloaded ({reason}); where there is "
+            f"a network, `hf download {path} --local-dir FOLDER` fetches it, then give FOLDER."
         ) from None
 
 
 def shards(folder: Path) -> list[str]:
-    """Names of the checkpoint's weight files. Raises InputError for a broken index."""
+    """Names of the checkpoint's weight files. Raises InputError for an index that names anything else."""
     if not (folder / INDEX).is_file():
         return ["model.safetensors"]
     index = read_json(folder / INDEX).get("weight_map")
-    ok = isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())
-    require(ok, f"{folder / INDEX}: has no weight_map from tensors to files.")
+    # a download reads the names as patterns, so only plain names are allowed
+    plain = lambda name: isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
+    ok = isinstance(index, dict) and index and all(map(plain, index.values()))
+    require(ok, f"{folder / INDEX}: weight_map must name .safetensors files of the same folder.")
     return sorted(set(index.values()))
 
 
-def open_weights(path: Path, device: str = "cpu"):
-    """A safetensors file, mapped. Raises InputError where it is missing or damaged."""
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes by name in a safetensors file. Raises InputError for damage, and for dtypes not in `DTYPES`."""
     require(path.is_file(), f"{path.parent}: {path.name} is missing.")
     try:
-        return safe_open(path, framework="pt", device=device)
+        with safe_open(path, framework="pt") as weights:
+            parts = {name: weights.get_slice(name) for name in weights.keys()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or no safetensors file ({error}); fetch it again.") from None
+        raise InputError(f"{path}: damaged or no safetensors file: {brief(error)}") from None
+    for name, part in parts.items():
+        ok = part.get_dtype() in ("F32", "BF16", "F16")
+        require(ok, f"{path.name}: {brief(name)} is {part.get_dtype()}, only F32, BF16 and F16 are loaded.")
+    return {name: part.get_shape() for name, part in parts.items()}
 
 
 def pick_device(device: str) -> str:
-    """The device, "auto" made definite. Raises InputError where it is not there."""
+    """The device, with "auto" resolved. Raises InputError for one that is not available."""
     there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     device = there[0] if device == "auto" else str(device)
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # an unknown name; a name that this build of torch does not serve
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
+    except (RuntimeError, AssertionError, ImportError):  # an unknown name, or what this build of torch lacks
         raise InputError(f"device {device!r} is not available here, only {', '.join(there)}.") from None
     return device
 
 
+is_integer = lambda low: lambda x: type(x) is int and low <= x < 2**31
+is_number = lambda low, high: lambda x: type(x) in (int, float) and low <= x <= high
+is_plain = lambda x: isinstance(x, dict) and x.get("rope_type", x.get("type", "default")) == "default"
+as_list = lambda x: x if isinstance(x, list) else [] if x is None else [x]
+
+# key of config.json -> whether a value is valid, and what it must be
+RULES: dict[str, tuple[Callable, str]] = {
+    **dict.fromkeys([*SIZES, "bd_size"], (is_integer(1), "a positive integer below 2**31")),
+    "rms_norm_eps": (is_number(0, 1), "a number from 0 to 1"),
+    "rope_theta": (is_number(1, 1e12), "a number from 1 to 1e12"),
+    "tie_word_embeddings": (lambda x: type(x) is bool, "true or false"),
+    "mask_token_id": (is_integer(0), "a token id"),
+    "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
+    "model_type": (lambda x: x in ("qwen2", "Fast_dLLM_Qwen"), "qwen2 or Fast_dLLM_Qwen"),
+    "hidden_act": (lambda x: x == "silu", "silu"),
+    "rope_scaling": (is_plain, "null: scaled rotary positions are not built"),
+    "rope_parameters": (is_plain, "of rope_type default: rope_scaling is not built"),
+    "use_sliding_window": (lambda x: x is False, "false: sliding windows are not built"),
+    "layer_types": (lambda x: all(kind == "full_attention" for kind in as_list(x)), "full_attention"),
+}
+
+
 def parse_config(raw: dict) -> Config:
-    """From the contents of `config.json`. Raises InputError where it contradicts itself or asks for more."""
-    raw = {"bd_size": 1} | {key: value for key, value in raw.items() if value is not None}
-    for key, kinds in OTHER_KEYS.items():
-        names = " or ".join(kind.__name__ for kind in kinds)
-        require(
-            type(raw.get(key)) in (*kinds, type(None)), f"config.json: {key} is {raw.get(key)!r}, no {names}."
-        )
-    rope = raw.get("rope_parameters", {})  # newer Transformers keep rope_theta in here
-    if type(raw.get("hidden_size")) is type(heads := raw.get("num_attention_heads")) is int and heads > 0:
-        ok = "head_dim" in raw or raw["hidden_size"] % heads == 0
-        require(ok, f"config.json: hidden_size {raw['hidden_size']} does not divide by {heads} heads.")
-        raw.setdefault("head_dim", raw["hidden_size"] // heads)
-    for key in [*SHAPE_KEYS, "bd_size"]:
-        ok = type(raw.get(key)) is int and raw[key] > 0
-        require(ok, f"config.json: {key} is {raw.get(key)!r}, it must be a positive integer.")
-    groups, vocab, mask = raw["num_key_value_heads"], raw["vocab_size"], raw.get("mask_token_id")
-    kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
-    scaling = raw.get("rope_scaling", {}) | rope
-    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
-    sliding = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", [])
+    """From the contents of `config.json`. Raises InputError for invalid values and for what is not built."""
+    import reprlib  # its repr is short, also for values so deep that the usual one fails
+
+    rope, c = raw.get("rope_parameters"), {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None  # where newer Transformers keep it
+    for part in ({"rope_theta": theta}, raw):
+        c |= {key: value for key, value in part.items() if value is not None}
+    for key, (valid, rule) in RULES.items():
+        ok = valid(c[key]) if key in c else key not in REQUIRED
+        require(ok, f"config.json: {key} is {reprlib.repr(c.get(key))}, it must be {rule}.")
+    hidden, heads, groups = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
+    head_dim, vocab, mask = c.get("head_dim", hidden // heads), c["vocab_size"], c.get("mask_token_id")
+    rows = max(vocab, c["intermediate_size"], heads * head_dim)
     for ok, problem in [
-        (
-            kind in ("qwen2", "Fast_dLLM_Qwen"),
-            f"model_type is {kind!r}, only qwen2 and Fast_dLLM_Qwen are built",
-        ),
-        (activation == "silu", f"hidden_act is {activation!r}, only silu is built"),
-        (plain, "rope_scaling is set, and scaled rotary positions are not built; set it to null"),
-        (not sliding, "use_sliding_window is set, and sliding windows are not built; set it to false"),
+        ("head_dim" in c or hidden % heads == 0, f"hidden_size {hidden} does not divide by {heads} heads"),
         (heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"),
-        (raw["head_dim"] % 2 == 0, f"head_dim is {raw['head_dim']}, rotary positions need an even one"),
-        (mask is None or 0 <= mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
+        (head_dim % 2 == 0, f"head_dim is {head_dim}, rotary positions need an even one"),
+        (mask is None or mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
+        (rows * hidden < 2**40, f"a weight of {rows} x {hidden} numbers is too large"),
+        (c["num_hidden_layers"] <= 1000, f"num_hidden_layers {c['num_hidden_layers']} is more than 1000"),
     ]:
         require(ok, f"config.json: {problem}.")
-    stop = raw.get("eos_token_id", [])
     return Config(
-        **{key: raw[key] for key in SHAPE_KEYS},
-        rms_norm_eps=raw.get("rms_norm_eps", Config.rms_norm_eps),
-        rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),  # Transformers' default
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        block_size=raw["bd_size"],
+        **{key: c[key] for key in SAME_KEYS if key in c} | {"head_dim": head_dim},
+        block_size=c["bd_size"],
         mask_token_id=mask,
-        stop_token_ids=tuple(stop) if isinstance(stop, list) else (stop,),
+        stop_token_ids=tuple(as_list(c.get("eos_token_id"))),
     )
 
 
 def unparse_config(c: Config) -> dict:
-    """The contents of `config.json`: the published keys, and `mask_token_id`. A plain Qwen2 at block size 1."""
+    """The contents of `config.json`, published keys and `mask_token_id`; block size 1 is a plain Qwen2."""
     adapted = c.block_size > 1
     raw = {
         "architectures": ["Fast_dLLM_QwenForCausalLM" if adapted else "Qwen2ForCausalLM"],
         "model_type": "Fast_dLLM_Qwen" if adapted else "qwen2",
-        **{
-            key: getattr(c, key) for key in (*SHAPE_KEYS, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
-        },
+        **{key: getattr(c, key) for key in SAME_KEYS},
         "hidden_act": "silu",
         "eos_token_id": c.stop_token_ids[0] if len(c.stop_token_ids) == 1 else list(c.stop_token_ids),
         "mask_token_id": c.mask_token_id,
@@ -1196,24 +1212,24 @@ def unparse_config(c: Config) -> dict:
 
 
 def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
-    """The checkpoint's config, with mask and stop tokens that stand in its other files only."""
-    config = parse_config(read_json(folder / "config.json"))
-    stops, mask, size = list(config.stop_token_ids), config.mask_token_id, None
+    """The checkpoint's config, with stop and mask tokens of `generation_config.json` and the tokenizer."""
+    raw = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
-        more = read_json(folder / "generation_config.json").get("eos_token_id") or []
-        stops += more if isinstance(more, list) else [more]
+        more = read_json(folder / "generation_config.json").get("eos_token_id")
+        raw["eos_token_id"] = as_list(raw.get("eos_token_id")) + as_list(more)
+    config = parse_config(raw)
+    stops, mask, size = list(config.stop_token_ids), config.mask_token_id, None
     if tokenizer:
         stops += [i for i in map(tokenizer.id, ("<|im_end|>", "<|endoftext|>")) if i is not None]
         mask = tokenizer.id("|<MASK>|") if mask is None else mask
         size, rows = len(tokenizer), config.vocab_size
         require(size <= rows, f"{folder}: the tokenizer has {size} ids, the embedding only {rows} rows.")
-    return replace(
-        config, mask_token_id=mask, stop_token_ids=tuple(dict.fromkeys(stops)), tokenizer_size=size
-    )
+    stops = tuple(dict.fromkeys(stops))
+    return replace(config, mask_token_id=mask, stop_token_ids=stops, tokenizer_size=size)
 
 
 def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
-    """Folder, config and tokenizer of a checkpoint; of a Hub id the weights are fetched only where they are wanted."""
+    """Folder, config and tokenizer of a checkpoint; `weights=False` leaves out a Hub id's weights."""
     folder = locate(path, weights)
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
@@ -1225,87 +1241,78 @@ def load(
 ) -> tuple[Qwen2, Tokenizer | None]:
     """Model and tokenizer from a folder or a Hub id; the tokenizer is None where the folder has none.
 
-    device: a torch device, or "auto": cuda, else mps, else cpu. dtype: a torch dtype or its name, or "auto": the
-    files'. Tensors go from the mapped file to their parameters one by one, so memory holds the weights once.
-    Raises InputError naming the file, key or tensor that is wrong, before anything runs.
+    device: a torch device, or "auto": cuda, else mps, else cpu. dtype: one of `DTYPES` or its name; "auto" is
+    the embedding's dtype in the file. Raises InputError naming the file, key or tensor that is wrong.
     """
-    device = pick_device(device)
-    if isinstance(dtype, str):
-        require(dtype in DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
-        dtype = DTYPES[dtype]
+    device, kind = pick_device(device), DTYPES.get(dtype, dtype)
+    require(kind in DTYPES.values(), f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
     folder, config, tokenizer = read_checkpoint(path)
     with torch.device("meta"):
         model = Qwen2(config)
-
-    expected = {
-        name: list(p.shape) for name, p in model.named_parameters()
-    }  # a tied head is the embedding, once
-    files = {}
-    for file in shards(folder):
-        with open_weights(folder / file) as weights:
-            for name in weights.keys():
-                files[name] = file
-                shape, wanted = weights.get_slice(name).get_shape(), expected.get(name)
-                ok = wanted in (None, shape)
-                require(ok, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
-    repeated = config.tie_word_embeddings and files.pop("lm_head.weight", None)  # others write it again
-    for names, problem in [
-        (expected.keys() - files, "missing"),
-        (files.keys() - expected, "not part of this model"),
-    ]:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        require(not names, f"{folder}: tensor {min(names, default='')} is {problem}{more}.")
-    for name in expected:  # the embedding is the first: "auto" takes its dtype
-        with open_weights(
-            folder / files[name], device
-        ) as weights:  # opened anew, so that its pages are let go
-            tensor = weights.get_tensor(name)
-        dtype = dtype or tensor.dtype
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype)))
-    model.tie()
-    if repeated:
-        with open_weights(folder / repeated, device) as weights:
-            same = torch.equal(weights.get_tensor("lm_head.weight").to(dtype), model.lm_head.weight)
-        require(
-            same,
-            f"{repeated}: lm_head.weight is not the embedding, but config.json has tie_word_embeddings true.",
-        )
+    load_weights(model, folder, device, kind)
     return model.eval(), tokenizer
 
 
-def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
-    """Write what `load` reads, under the published names; each file is written beside its place and renamed.
+def load_weights(model: Qwen2, folder: Path, device: str, dtype: torch.dtype | None) -> None:
+    """Fill a model on the meta device. Tensors are read one by one, so memory holds the weights once."""
+    expected = {name: list(p.shape) for name, p in model.named_parameters()}  # without a tied head
+    files = {}
+    for file in shards(folder):
+        for name, shape in tensor_shapes(folder / file).items():
+            files[name], wanted = file, expected.get(name, shape)
+            require(shape == wanted, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
+    tied_head = model.config.tie_word_embeddings and files.pop("lm_head.weight", None)  # some files repeat it
+    missing, unknown = expected.keys() - files, files.keys() - expected
+    for names, problem in [(missing, "missing"), (unknown, "not part of this model")]:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        require(not names, f"{folder}: tensor {brief(min(names, default=''))} is {problem}{more}.")
+    for name in expected:  # the embedding comes first and decides the dtype "auto"
+        with safe_open(folder / files[name], "pt") as weights:  # opened anew, so that its pages are freed
+            tensor = weights.get_tensor(name)
+        dtype = dtype or tensor.dtype
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+    model.tie()
+    if tied_head:
+        with safe_open(folder / tied_head, "pt") as weights:
+            same = torch.equal(weights.get_tensor("lm_head.weight").to(device, dtype), model.lm_head.weight)
+        require(same, f"{tied_head}: lm_head.weight is not the embedding, but tie_word_embeddings is true.")
 
-    Raises OSError where the folder cannot be written; a checkpoint that was there is then still whole. Raises
-    InputError for a prepacked model, which has no weights in a form that could be written.
+
+def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
+    """Write what `load` reads, under the published names.
+
+    Raises OSError where the folder cannot be written; an older checkpoint's files are then complete. Raises
+    InputError for a prepacked model, since its weights have no portable form.
     """
     require(not model.prepacked, "A prepacked model cannot be saved; save it before `prepack`.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: p.detach().contiguous() for name, p in model.named_parameters()
-    }  # a tied head is not repeated
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head once
     dtype = str(model.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
     files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
     try:
         replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
     except SafetensorError as error:
-        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({error})") from None
-    (folder / INDEX).unlink(missing_ok=True)  # it would name the files of an older checkpoint
+        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({brief(error)})") from None
+    (folder / INDEX).unlink(missing_ok=True)  # an older checkpoint's index would name other files
     for name, content in files.items():
         replace_file(folder / name, partial(Path.write_bytes, data=content))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under a temporary name and rename it to `path`, so that no reader ever sees half a file."""
-    require(path.name, f"{path}: is a folder; name a file.")
+    """`write` a temporary file and rename it to `path`, so that no reader ever sees half a file.
+
+    A symbolic link stays, and its target is replaced. Raises InputError for a folder, a device or a pipe.
+    """
+    require(path.is_file() or not path.exists(), f"{path}: is no regular file; name another.")
+    path = Path(os.path.realpath(path))  # a link's target
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        os.umask(mask := os.umask(0))  # the only way to read it
-        temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
+        os.umask(mask := os.umask(0))  # the only way to read the umask
+        temporary.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastdllm
-from fastdllm import Config, Decoding, InputError, generate, load, parse_config, save
+from fastdllm import Config, Decoding, InputError, generate, load, parse_config, replace_file, save
 
 NORM = "model.norm.weight"
 
@@ -76,7 +78,8 @@ def test_a_tied_head_is_the_embedding_also_where_the_file_repeats_it(folders, go
     assert golden_models["tied"].lm_head.weight is golden_models["tied"].model.embed_tokens.weight
     folder = shutil.copytree(folders["tied"], tmp_path / "copy")
     edit_weights(
-        folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+        folder,
+        lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}),
     )
     model, _ = load(folder, "cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -107,12 +110,17 @@ def test_save_replaces_a_checkpoint_of_several_files(golden_models, folder):
 
 def test_save_uses_the_published_names_and_keys(golden_models, folders, tmp_path):
     save(golden_models["tied"], None, tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(folders["tied"] / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "model.safetensors").keys()
+        == load_file(folders["tied"] / "model.safetensors").keys()
+    )
     with safe_open(tmp_path / "model.safetensors", "pt") as saved:
         assert saved.metadata() == {"format": "pt"}  # Transformers refuses files without it
     config = json.loads((tmp_path / "config.json").read_text())
     original = json.loads((folders["tied"] / "config.json").read_text())
-    assert {key: config[key] for key in original if key in config} == {k: v for k, v in original.items() if k in config}
+    assert {key: config[key] for key in original if key in config} == {
+        k: v for k, v in original.items() if k in config
+    }
     assert {"bd_size", "mask_token_id", "model_type", "architectures", "torch_dtype"} <= config.keys()
 
 
@@ -149,7 +157,8 @@ def test_stop_and_mask_ids_come_from_the_files_that_have_them(folder, shipped):
     edit_config(folder, vocab_size=len(tokenizer))
     size = (len(tokenizer), 64)
     edit_weights(
-        folder, lambda w: w.update({n: torch.zeros(size) for n in ("lm_head.weight", "model.embed_tokens.weight")})
+        folder,
+        lambda w: w.update({n: torch.zeros(size) for n in ("lm_head.weight", "model.embed_tokens.weight")}),
     )
     config = load(folder, "cpu")[0].config
     assert config.mask_token_id == tokenizer.id("|<MASK>|")
@@ -165,7 +174,7 @@ def drop(name):
     (drop(NORM), "tensor model.norm.weight is missing"),
     (lambda w: (w.pop(NORM), w.pop("lm_head.weight")), r"lm_head.weight is missing \(and 1 more\)"),
     (lambda w: w.update(extra=torch.zeros(2)), "tensor extra is not part of this model"),
-    (lambda w: w.update({NORM: torch.zeros(65)}), r"model.norm.weight has shape \[65\], the config asks for \[64\]"),
+    (lambda w: w.update({NORM: torch.zeros(65)}), r"model.norm.weight has shape \[65\], .* asks for \[64\]"),
 ])  # fmt: skip
 def test_wrong_tensors_are_named(folder, edit, message):
     edit_weights(folder, edit)
@@ -204,9 +213,25 @@ def test_damaged_and_missing_files_are_named(folder):
     ({"mask_token_id": 320}, "mask_token_id 320 is outside the vocabulary of 320"),
     ({"bd_size": 0}, "bd_size is 0"),
     ({"vocab_size": "many"}, "vocab_size is 'many'"),
-    ({"mask_token_id": "x"}, "mask_token_id is 'x', no int"),
-    ({"rope_theta": "1e6"}, "rope_theta is '1e6', no float or int"),
-    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', no bool"),
+    ({"mask_token_id": "x"}, "mask_token_id is 'x', it must be a token id"),
+    ({"rope_theta": "1e6"}, "rope_theta is '1e6', it must be a number"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', it must be true or false"),
+    ({"hidden_size": 2**31}, "hidden_size is 2147483648, it must be a positive integer below"),
+    ({"hidden_size": 2**30, "intermediate_size": 2**30}, "1073741824 x 1073741824 numbers is too large"),
+    ({"num_hidden_layers": 2**30}, "num_hidden_layers 1073741824 is more than 1000"),
+    ({"bd_size": True}, "bd_size is True"),
+    ({"rope_theta": 1e30}, r"rope_theta is 1e\+30, it must be a number from 1 to 1e12"),
+    ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+    ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e30}}, r"rope_theta is 1e\+30"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"eos_token_id": [[300]]}, r"eos_token_id is \[\[300\]\], it must be a token id or a list of token ids"),
+    ({"eos_token_id": -1}, "eos_token_id is -1"),
+    ({"eos_token_id": "300"}, "eos_token_id is '300'"),
+    ({"eos_token_id": True}, "eos_token_id is True"),
+    ({"model_type": "x\ny" * 20_000}, "^.{,200}$"),
     ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
     ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight is missing \(and 11 more\)"),
 ])  # fmt: skip
@@ -216,11 +241,116 @@ def test_configs_that_contradict_themselves_or_ask_for_more_are_refused(folder, 
         load(folder, "cpu")
 
 
+@pytest.mark.parametrize("stops", [[[17]], -1, "17", 2**31, {"id": 17}, 1.5])
+def test_stop_ids_of_the_generation_config_are_checked(folder, stops):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    with pytest.raises(InputError, match="eos_token_id is .*, it must be a token id"):
+        load(folder, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": "caf\xe9"}', b"[]", b"", b"1" * 5000])
+def test_json_that_cannot_be_read_is_named_in_one_line(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(
+        InputError, match=f"{name}: (cannot be read as JSON|must hold one JSON object)"
+    ) as caught:
+        load(folder, "cpu")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_value_as_deep_as_json_allows_is_refused(folder):
+    """Python parses it, and cannot write it back at a greater depth of calls."""
+    value, deeper = [], lambda call, depth: call() if depth == 0 else deeper(call, depth - 1)
+    for _ in range(sys.getrecursionlimit() - 250):
+        value = [value]
+    raw = json.loads((folder / "config.json").read_text()) | {"eos_token_id": value}
+    with pytest.raises(InputError, match="eos_token_id is"):
+        deeper(lambda: parse_config(raw), 100)
+
+
+PATTERNS = ["*", "*.safetensors", "model-[0-9].safetensors", "model-?.safetensors"]
+OUTSIDE = ["../copy/model.safetensors", "sub/model.safetensors", "/model.safetensors"]
+OTHERS = ["model.bin", "model.safetensors\n", "", 7, ["model.safetensors"]]
+
+
+@pytest.mark.parametrize("name", PATTERNS + OUTSIDE + OTHERS, ids=str)
+def test_an_index_names_only_weight_files_of_its_folder(folder, name):
+    weight_map = {"model.embed_tokens.weight": "model.safetensors", NORM: name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match="weight_map must name .safetensors files of the same folder"):
+        load(folder, "cpu")
+
+
+@pytest.mark.parametrize("name", PATTERNS + OUTSIDE, ids=str)
+def test_a_download_takes_no_pattern_from_an_index(folder, monkeypatch, name):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: name}}))
+    asked = []
+    download = lambda hub_id, allow_patterns: asked.extend(allow_patterns) or str(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match="weight_map"):
+        load("somebody/hostile", "cpu")
+    assert asked and not any("*" in pattern or pattern == name for pattern in asked)
+
+
+REFUSED = (
+    "float64 int8 uint8 int64 uint16 bool complex64 float8_e4m3fn float8_e5m2 float8_e8m0fnu float4_e2m1fn_x2"
+)
+
+
+@pytest.mark.parametrize("dtype", REFUSED.split())
+@pytest.mark.parametrize("name", [NORM, "extra"])
+def test_dtypes_that_a_cast_would_distort_are_refused(folder, dtype, name):
+    values = torch.zeros(64, dtype=torch.uint8)
+    values = values.view(torch.float4_e2m1fn_x2) if "float4" in dtype else values.to(getattr(torch, dtype))
+    edit_weights(folder, lambda weights: weights.update({name: values}))
+    with pytest.raises(InputError, match=f"model.safetensors: {name} is [A-Z0-9_]+, only F32, BF16 and F16"):
+        load(folder, "cpu", "float32")
+
+
+def test_names_with_line_breaks_give_one_line(folder):
+    edit_weights(folder, lambda weights: weights.update({"a\nb" * 1000: torch.zeros(2)}))
+    with pytest.raises(InputError, match="tensor a ba b") as caught:
+        load(folder, "cpu")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_pipe_or_socket_is_never_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's whole path may be too long
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    for name in ("pipe", "link", "socket", "."):
+        with pytest.raises(InputError, match="is no regular file"):
+            replace_file(tmp_path / name, lambda path: path.write_text("new"))
+    assert (
+        (tmp_path / "pipe").is_fifo()
+        and (tmp_path / "link").is_symlink()
+        and (tmp_path / "socket").is_socket()
+    )
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_link_stays_and_its_target_is_replaced(tmp_path, existing):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "target", tmp_path / "link"
+    link.symlink_to("there/target")
+    if existing:
+        target.write_text("old")
+    replace_file(link, lambda path: path.write_text("new"))
+    assert link.is_symlink() and target.read_text() == link.read_text() == "new"
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["target"]
+
+
 def test_rope_theta_is_read_from_either_place(folder, golden_models):
     raw = json.loads((folder / "config.json").read_text())
     theta = raw.pop("rope_theta")
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     assert parse_config(raw).rope_theta == theta == golden_models["untied"].config.rope_theta
+    assert parse_config(raw | {"rope_theta": None}).rope_theta == theta
+    assert parse_config(raw | {"rope_theta": 5e5}).rope_theta == 5e5
 
 
 def test_a_hub_id_is_found_in_the_cache_without_a_network(folders, tmp_path):
@@ -230,7 +360,9 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(folders, tmp_path):
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     code = "from fastdllm import *; model, _ = load('somebody/tiny', 'cpu'); print(model.config.block_size)"
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert run.stdout == "32\n"
 
 
@@ -241,7 +373,10 @@ def test_unknown_places_devices_and_dtypes_are_refused(folder, tmp_path, monkeyp
         ("nobody/nothing", "cpu", "auto", "hf download nobody/nothing"),
         (folder, "tpu", "auto", "device 'tpu' is not available"),
         (folder, "cpu:x", "auto", "device 'cpu:x' is not available"),
+        (folder, "meta", "auto", "device 'meta' is not available"),
+        (folder, "privateuseone", "auto", "device 'privateuseone' is not available"),
         (folder, "cpu", "int3", "dtype 'int3' is not known"),
+        (folder, "cpu", torch.int8, "dtype torch.int8 is not known"),
     ]:
         with pytest.raises(InputError, match=message):
             load(path, device, dtype)
