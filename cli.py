@@ -4,34 +4,32 @@ import errno
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from datetime import date
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
-from tokenizers import decoders
 from tqdm import tqdm
 
+from benchmarks.judging import PAPER_PROMPT, aup, paired_drop, read_problems, score_line, scores, verdict
+from fast import RecordedPasses, prepack
 from fastdllm import (
     DTYPES,
     Config,
     Decoding,
     InputError,
     Memory,
-    Pass,
     Qwen2,
     Result,
     Tokenizer,
@@ -39,7 +37,6 @@ from fastdllm import (
     decode,
     load,
     locate,
-    prepack,
     read_checkpoint,
     read_json,
     replace_file,
@@ -47,16 +44,22 @@ from fastdllm import (
     shards,
 )
 from fastdllm import generate as generate_all
+from viewer.terminal import watch
+from viewer.trace import trace_page
 
 with suppress(ImportError):  # a history and editing keys for `input`, where the system has them
     import readline  # noqa: F401
 
-TEMPLATE = Path(__file__).parent / "viewer" / "trace.html"
+VERSION = "2.0"
 SHIPPED = Path(__file__).parent / "tiny" / "checkpoint"
 SAMPLE = (
     "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She shares them "
     "equally among 6 friends. How many cards does each friend get?"
 )
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+
+
+# --- Mistakes ---
 
 
 class OneSentence(click.ClickException):
@@ -65,7 +68,37 @@ class OneSentence(click.ClickException):
     exit_code = 2
 
 
-INTERRUPTED = 130  # exit status that a shell expects of a program that Ctrl-C ended
+def reports_mistakes(command: Callable) -> Callable:
+    """Turn a mistake into one sentence: bad input, files that cannot be opened, full memory, Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except InputError as error:
+            sentence = str(error)
+            for name in sorted(
+                (f.name for f in fields(Decoding)), key=len, reverse=True
+            ):  # as flags are written
+                sentence = re.sub(
+                    rf"(?<![\w-]){name}(?= (?:is|\d|does|reads|has))", "--" + name.replace("_", "-"), sentence
+                )
+            raise OneSentence(sentence) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # nobody reads on: click ends quietly
+                raise
+            place = "" if error.filename is None else f"{error.filename}: "
+            raise OneSentence(f"{place}{error.strerror or error}.") from None
+        except (torch.OutOfMemoryError, MemoryError):
+            raise OneSentence("The memory is full; a smaller batch or shorter rows need less.") from None
+        except RuntimeError as error:
+            if "memory" not in str(error):  # torch's words for a CPU's memory
+                raise
+            raise OneSentence("The memory is full; a smaller batch or shorter rows need less.") from None
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+    return wrapped
 
 
 @contextmanager
@@ -84,94 +117,123 @@ def ctrl_c() -> Iterator[list]:
         signal.signal(signal.SIGINT, before)
 
 
-def reports_mistakes(command):
-    """Turn InputError, and files that cannot be opened, into one sentence."""
-
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except InputError as error:
-            raise OneSentence(str(error)) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # nobody reads on: click ends quietly
-                raise
-            place = "" if error.filename is None else f"{error.filename}: "
-            raise OneSentence(f"{place}{error.strerror or error}.") from None
-
-    return wrapped
-
-
 # --- Options ---
 
-HELP = {
-    "block_size": "Tokens denoised together; 1 is autoregressive  [default: the checkpoint's]",
-    "sub_block_size": "Window of a block that is revealed before the next one.",
-    "threshold": "Keep guesses of more confidence than this, in [0, 1]; 1 writes one token a pass.",
-    "tokens_per_pass": "Keep this many guesses a pass, the most confident, whatever the threshold.",
-    "cache": "none: recompute everything; block: keep finished blocks; dual: DualCache for sub-blocks too.",
-    "fuse_commit": "Commit a block in one pass with the next one's first.",
-    "max_new_tokens": "Longest answer.",
-    "temperature": "0: the most probable token, else sample.",
-    "top_p": "Nucleus of the sampling.",
-    "seed": "Makes sampling repeatable.",
-    "batch_size": "Prompts decoded at the same time.",
-    "cuda_graphs": "Replay recorded passes on CUDA.",
-}
+
+class Grouped(click.Command):
+    """A command whose help shows its options in groups, by each option's `group`."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list] = {}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                groups.setdefault(getattr(parameter, "group", "Other options"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
 
-def check_sub_block(context: click.Context, parameter, size: int) -> int:
-    """The default sub-block shrinks to smaller blocks; one that was asked for must divide the block."""
-    block = context.params.get("block_size")
-    chosen = context.get_parameter_source(parameter.name) is not click.core.ParameterSource.DEFAULT
-    if chosen and block and size > 0 and block > 0 and block % size:
-        raise OneSentence(f"sub_block_size {size} does not divide block_size {block}; take a divisor of {block}.")
-    return size
+class GroupedOption(click.Option):
+    def __init__(self, *given, group: str = "Other options", **more):
+        super().__init__(*given, **more)
+        self.group = group
 
 
-def decoding_options(command):
-    """One option for each field of Decoding, with its default."""
-    for knob in reversed(fields(Decoding)):
-        if knob.name not in HELP:
-            continue
-        kind = {"cache": click.Choice(["none", "block", "dual"])}.get(knob.name)
-        kind = kind or (float if isinstance(knob.default, float) else int)
-        name = "--" + knob.name.replace("_", "-")
-        if isinstance(knob.default, bool):
-            kind, name = None, f"{name}/--no-{name[2:]}"
-        extra = {"show_default": knob.default is not None, "help": HELP[knob.name]}
-        if knob.name == "sub_block_size":
-            extra["callback"] = check_sub_block
-        if knob.name == "block_size":
-            extra["is_eager"] = True  # the sub-block's check needs it
-        command = click.option(name, type=kind, default=knob.default, **extra)(command)
-    return command
+def option(*flags: str, group: str = "Other options", **more) -> Callable:
+    return click.option(*flags, cls=GroupedOption, group=group, **more)
 
 
-def model_options(command):
+def options(cls, *names: str, group: str = "Other options", **overrides: dict) -> Callable:
+    """An option for each named field of a dataclass, with the field's default, help and limits.
+
+    The metadata of a field has `help`, and if they apply `kind` (int or float), `low`, `high` and `choices`;
+    `overrides` gives further arguments of `click.option` by the field's name.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        for name in reversed(names):
+            field = cls.__dataclass_fields__[name]
+            rule, flag = field.metadata, "--" + name.replace("_", "-")
+            kind = {int: click.IntRange, float: click.FloatRange}.get(rule.get("kind"))
+            more = {"type": kind(rule.get("low"), rule.get("high"))} if kind else {}
+            if rule.get("choices"):
+                more = {"type": click.Choice(rule["choices"])}
+            if type(field.default) is bool:
+                flag += f"/--no-{flag[2:]}"
+            more |= {
+                "default": field.default,
+                "show_default": field.default is not None,
+                "help": rule["help"],
+            }
+            command = option(flag, group=group, **more | overrides.get(name, {}))(command)
+        return command
+
+    return decorate
+
+
+KNOBS = [field.name for field in fields(Decoding) if "help" in field.metadata]
+decoding_options = options(Decoding, *KNOBS, group="Decoding")
+
+
+def model_options(command: Callable) -> Callable:
     """Which checkpoint, where and in which precision."""
-    for option in [
-        click.option(
-            "--prepack/--no-prepack", "packed", default=True, show_default=True, help="CPU: weights in oneDNN's order."
+    for add in [
+        option("--record/--no-record", default=True, group="Model", help="CUDA: replay recorded passes."),
+        option(
+            "--prepack/--no-prepack",
+            "packed",
+            default=True,
+            group="Model",
+            help="CPU: oneDNN's weight order.",
         ),
-        click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps."),
-        click.option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped checkpoint]"),
+        option(
+            "--dtype", default="auto", group="Model", help="auto (the files'), float32, bfloat16 or float16."
+        ),
+        option("--device", default="auto", group="Model", help="auto, cpu, cuda or mps."),
+        option("--adapter", group="Model", help="Draft adapter over the model: folder or Hub id."),
+        option(
+            "--model",
+            default=str(SHIPPED),
+            group="Model",
+            help="Folder or Hub id  [default: the shipped one]",
+        ),
     ]:
-        command = option(command)
+        command = add(command)
     return command
 
 
-def open_model(model: str, device: str, dtype: str, packed: bool) -> tuple[Qwen2, Tokenizer | None]:
-    """Model and tokenizer, for decoding."""
-    network, tokenizer = load(model, device, dtype)
-    return prepack(network) if packed else network, tokenizer
+def open_model(
+    model: str, adapter: str | None, device: str, dtype: str, packed: bool, record: bool
+) -> tuple[Qwen2, Tokenizer | None, RecordedPasses | None]:
+    """Model, tokenizer, and on CUDA recorded passes, for decoding."""
+    network, tokenizer = load(model, device, dtype, adapter)
+    recorded = RecordedPasses(network) if record and network.weight.is_cuda else None
+    return prepack(network) if packed else network, tokenizer, recorded
+
+
+def numbers(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable:
+    """Parses an option's comma-separated list of numbers in [low, high]; None stays None."""
+
+    def parse(context, parameter, text):
+        try:
+            found = text and [kind(part) for part in text.split(",")]
+            if all(low <= number <= high for number in found or []):
+                return found
+        except ValueError:
+            pass
+        raise OneSentence(
+            f"--{parameter.name.replace('_', '-')} is {text!r:.80}; give numbers from {low:g} to {high:g} with commas."
+        )
+
+    return parse
 
 
 # --- Prompts ---
 
 
-def encode_prompt(record: dict, tokenizer: Tokenizer | None, system: str | None = None, raw: bool = False) -> list[int]:
+def encode_prompt(
+    record: dict, tokenizer: Tokenizer | None, system: str | None = None, raw: bool = False
+) -> list[int]:
     """Token ids of a record with `prompt_ids`, `messages` or `prompt`. Raises InputError for anything else."""
     if "prompt_ids" in record:
         require(isinstance(record["prompt_ids"], list), "prompt_ids must be a list of integers.")
@@ -191,13 +253,17 @@ def encode_prompt(record: dict, tokenizer: Tokenizer | None, system: str | None 
     require(good, "This needs `prompt`, `prompt_ids`, or `messages`: objects with `role` and `content`.")
     require(not raw, "--raw is for a prompt, not for messages.")
     if system is not None:
-        require(messages[0]["role"] != "system", "The messages have a system message already; leave --system out.")
+        require(
+            messages[0]["role"] != "system", "The messages have a system message already; leave --system out."
+        )
         messages = [{"role": "system", "content": system}, *messages]
     return tokenizer.chat(messages)
 
 
-def encode_prompts(records: dict[str, dict], tokenizer, decoding: Decoding, config: Config, **how) -> list[list[int]]:
-    """Checked token ids of records by where they stand ("": nowhere). Raises InputError that says where."""
+def encode_prompts(
+    records: dict[str, dict], tokenizer, decoding: Decoding, config: Config, **how
+) -> list[list[int]]:
+    """Checked token ids of records, by the place they are from ("": none). Raises InputError that names it."""
     prompts = []
     for place, record in records.items():
         try:
@@ -208,7 +274,7 @@ def encode_prompts(records: dict[str, dict], tokenizer, decoding: Decoding, conf
 
 
 def read_jsonl(path: str) -> dict[str, dict]:
-    """The objects of a JSONL file ("-": standard input), by where they stand. Raises InputError for a broken line."""
+    """The objects of a JSONL file ("-": standard input), by their place. Raises InputError for a broken line."""
     with click.open_file(path, "rb") as file:
         records = parse_jsonl(file.read(), path)
     require(records, f"{path}: holds no records.")
@@ -224,7 +290,10 @@ def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
         try:
             records[place] = json.loads(line)
             json.dumps(records[place], ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, half a surrogate pair; nested too deeply
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # no JSON, no UTF-8, half a surrogate pair; nested too deeply
             raise InputError(f"{place}: not valid JSON ({error}).") from None
         require(isinstance(records[place], dict), f"{place}: not a JSON object.")
     return records
@@ -256,7 +325,9 @@ def rates(results: list[Result], seconds: float | None = None) -> dict:
 def summary_line(tokens: int, found: dict) -> str:
     """What `rates` found in words, and the finish reason where there is one."""
     line = f"{tokens} tokens in {found['forward_passes']} forward passes: {found['tokens_per_forward']:.2f} tokens per "
-    line += "forward" + (f", {found['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in found else "")
+    line += "forward" + (
+        f", {found['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in found else ""
+    )
     return line + (f", {found['finish_reason']}" if "finish_reason" in found else "")
 
 
@@ -269,55 +340,115 @@ def environment() -> dict:
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    return {"hardware": hardware, "threads": torch.get_num_threads(), **versions, "command": command,
-            "date": date.today().isoformat()}  # fmt: skip
+    today = date.today().isoformat()
+    return {
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        **versions,
+        "command": command,
+        "date": today,
+    }
 
 
-def warn_of_block_size(config: Config, decoding: Decoding) -> None:
-    """A block size other than the trained one works, at a price that the paper has measured."""
-    size, trained = decoding.block_size, config.block_size
-    if size in (None, trained):
-        return
-    if size == 1:
-        note = "block size 1 decodes autoregressively, one token a pass"
-    else:
-        note = f"the checkpoint was trained with block size {trained}; another one costs accuracy"
-        note += " (paper, 1.5B, GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2)"
-    click.echo(f"Note: {note}.", err=True)
+def note_of_options(model: Qwen2, decoding: Decoding) -> None:
+    """What a user should know of options that work at a price."""
+    size, trained = decoding.block_size, model.config.block_size
+    if model.mask_row is not None and not decoding.verify and size > 1:
+        click.echo("Note: the base was never adapted; without --verify quality is not guaranteed.", err=True)
+    elif size == 1 and trained > 1 and not decoding.verify:
+        click.echo("Note: block size 1 decodes autoregressively, one token per pass.", err=True)
+    elif size not in (1, trained):
+        note = f"Note: the checkpoint was trained with block size {trained}; another one costs accuracy (paper, 1.5B, "
+        click.echo(note + "GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2).", err=True)
 
 
-# --- Commands ---
+# --- generate ---
+
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
-@click.group(help=__doc__)
+@click.group(help=__doc__, context_settings=HELP_OPTIONS)
+@click.version_option(VERSION, prog_name="fastdllm")
 def cli():
     pass
 
 
-@cli.command()
+@cli.command(cls=Grouped)
 @click.argument("prompt", required=False)
 @model_options
 @decoding_options
-@click.option("--system", help="System message.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without a chat template.")
-@click.option("--prompt-ids", help='Token ids instead of text: "1,2,3".')
-@click.option("--input", "source", help="JSONL with `prompt`, `messages` or `prompt_ids` a line; - is standard input.")
-@click.option("--output", "target", default="-", help="Where the answers of --input go, as JSONL  [default: stdout]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--watch", "live", is_flag=True, help="Draw the block in work, coloured by pass, in a terminal.")
-@click.option("--trace", help="Write a page that replays the passes to this HTML file.")
+@option("--system", group="Input and output", help="System message.")
+@option(
+    "--raw",
+    is_flag=True,
+    group="Input and output",
+    help="Continue the prompt as it is, without chat template.",
+)
+@option("--prompt-ids", group="Input and output", help='Token ids instead of text: "1,2,3".')
+@option(
+    "--input",
+    "source",
+    group="Input and output",
+    help="JSONL with `prompt`, `messages` or `prompt_ids`; - is stdin.",
+)
+@option(
+    "--output",
+    "target",
+    default="-",
+    group="Input and output",
+    help="JSONL for the answers to --input  [default: stdout]",
+)
+@option(
+    "--json", "as_json", is_flag=True, group="Input and output", help="Print one JSON object instead of text."
+)
+@option(
+    "--watch",
+    "live",
+    is_flag=True,
+    group="Input and output",
+    help="Draw the answer in a terminal as it is written.",
+)
+@option(
+    "--delay",
+    type=click.FloatRange(0, 60),
+    default=0.15,
+    show_default=True,
+    group="Input and output",
+    help="Seconds per pass of --watch.",
+)
+@option(
+    "--trace",
+    group="Input and output",
+    help="Write a page that replays the passes, beside AR's, to this HTML file.",
+)
 @reports_mistakes
 def generate(
-    prompt, model, device, dtype, packed, system, raw, prompt_ids, source, target, as_json, live, trace, **knobs
-):
-    """Answer PROMPT, or what is piped in, or a sample problem."""
+    prompt, model, adapter, device, dtype, packed, record, system, raw, prompt_ids, source, target, as_json, live, delay,
+    trace, **knobs,
+):  # fmt: skip
+    """Answer PROMPT, or what is piped in, or a sample problem.
+
+    Answers to --input have the form that `train.py draft` learns from, where --block-size is 1.
+    """
     given = sum(value is not None for value in (prompt, prompt_ids, source))
     require(given < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
-    require(target == "-" or source is not None, "--output needs --input; one answer goes to standard output.")
+    require(
+        target == "-" or source is not None, "--output needs --input; one answer goes to standard output."
+    )
     many = source is not None and (as_json or live or trace)
-    require(not many, "--json, --watch and --trace show one answer; answers to --input are JSON lines anyway.")
-    folder = Path(trace).absolute().parent if trace else Path()
-    require(folder.is_dir(), f"--trace {trace}: the folder {folder} does not exist.")
+    require(
+        not many, "--json, --watch and --trace show one answer; answers to --input are JSON lines anyway."
+    )
+    if source is not None and "-" not in (source, target) and Path(target).exists() and Path(source).exists():
+        same = os.path.samefile(source, target)
+        require(
+            not same, f"--output {target} is the file of --input; name another one, or the prompts are lost."
+        )
+    if trace:
+        folder = Path(trace).absolute().parent
+        require(folder.is_dir(), f"--trace {trace}: the folder {folder} does not exist.")
+        regular = not Path(trace).exists() or Path(trace).is_file()
+        require(regular, f"--trace {trace}: is no regular file; name a file.")
     decoding = Decoding(**knobs, runner_up=trace is not None)
     if source is not None:
         records = read_jsonl(source)
@@ -325,34 +456,42 @@ def generate(
         try:
             records = {"": {"prompt_ids": [int(i) for i in prompt_ids.split(",")]}}
         except ValueError:
-            raise InputError(f'--prompt-ids is {prompt_ids!r}; give integers with commas, like "1,2,3".') from None
+            raise InputError(
+                f'--prompt-ids is {prompt_ids!r:.80}; give integers with commas, like "1,2,3".'
+            ) from None
     else:
-        if prompt is None and sys.stdin and not sys.stdin.isatty():
+        if prompt is None and sys.stdin and not sys.stdin.closed and not sys.stdin.isatty():
             prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").strip() or None
         if prompt is None:
             prompt = SAMPLE
             click.echo(f"{prompt}\n", err=True)
         records = {"": {"prompt": prompt}}
 
-    network, tokenizer = open_model(model, device, dtype, packed)
+    network, tokenizer, recorded = open_model(model, adapter, device, dtype, packed, record)
     decoding = decoding.resolve(network.config)
     prompts = encode_prompts(records, tokenizer, decoding, network.config, system=system, raw=raw)
-    warn_of_block_size(network.config, decoding)
-    live = live and tokenizer and sys.stdout.isatty()
+    note_of_options(network, decoding)
+    if live and not (tokenizer and sys.stdout.isatty()):
+        click.echo("Note: --watch draws in a terminal only; this is the plain text.", err=True)
+        live = False
     if source is not None:
-        answer_file(network, tokenizer, list(records.values()), prompts, decoding, target)
+        answer_file(network, tokenizer, list(records.values()), prompts, decoding, recorded, target)
     else:
-        answer_one(network, tokenizer, prompts[0], decoding, as_json, live, trace)
+        answer_one(
+            network, tokenizer, prompts[0], decoding, recorded, as_json, delay if live else None, trace
+        )
 
 
 def answer_one(
-    model: Qwen2, tokenizer: Tokenizer | None, prompt: list[int], decoding: Decoding, as_json: bool, live: bool, trace
+    model, tokenizer, prompt, decoding, recorded, as_json: bool, delay: float | None, trace
 ) -> None:
-    """Decode one prompt: text to stdout as it becomes final and a summary to stderr, or one JSON object."""
-    began = time.perf_counter()
-    steps = []
+    """Decode one prompt: text to stdout as it becomes final and a summary to stderr, or one JSON object.
+
+    delay: seconds per pass of a live drawing; None: no drawing. trace: a file for the replay, or None.
+    """
     show = (lambda text: None) if as_json else lambda text: click.echo(text, nl=False)
-    result = stream_answer(model, tokenizer, prompt, decoding, show, live=live and not as_json, keep=steps)
+    passes, began = [], time.perf_counter()
+    result = stream_answer(model, tokenizer, prompt, decoding, recorded, show, delay=delay, keep=passes)
     found = report(result, prompt, tokenizer) | rates([result], time.perf_counter() - began)
     if as_json:
         click.echo(json.dumps(found | asdict(decoding), ensure_ascii=False))
@@ -360,441 +499,419 @@ def answer_one(
         click.echo()
         click.echo(summary_line(found["new_tokens"], found), err=True)
     if trace:
-        page = trace_page(tokenizer, prompt, steps, result, decoding)
+        ar = replace(decoding, block_size=1, sub_block_size=1, verify=False, fuse_commit=False, cache="block")
+        beside = []
+        stream_answer(model, tokenizer, prompt, ar, recorded, lambda text: None, keep=beside)
+        page = trace_page(
+            tokenizer, prompt, passes, beside, summary_line(len(result.tokens), found), decoding
+        )
         replace_file(Path(trace), partial(Path.write_text, data=page, encoding="utf-8"))
     if result.finish_reason is None:
         sys.exit(INTERRUPTED)
 
 
 def stream_answer(
-    model, tokenizer, prompt, decoding, show, memory=None, live=False, keep: list | None = None
+    model,
+    tokenizer,
+    prompt,
+    decoding,
+    recorded,
+    show,
+    memory=None,
+    delay: float | None = None,
+    keep: list | None = None,
 ) -> Result:
-    """Decode one prompt, handing text to `show` as it becomes final; Ctrl-C ends it after the pass in work."""
-    result = Result()
+    """Decode one prompt, handing text to `show` as it becomes final; Ctrl-C ends it after the pass in work.
+
+    keep: takes each pass with the seconds since the start. delay: see `answer_one`.
+    """
+    result, began = Result(), time.perf_counter()
 
     def chunks() -> Iterator[list[int]]:
-        steps = decode(model, [prompt], decoding, memory)
-        for step in watch(tokenizer, steps, len(prompt), model.config.mask_token_id, show) if live else steps:
-            result.add(step)
+        passes = decode(model, [prompt], decoding, memory, recorded)
+        if delay is not None:
+            passes = watch(tokenizer, passes, len(prompt), model.config.mask_token_id, show, delay)
+        for pass_ in passes:
+            result.add(pass_)
             if keep is not None:
-                keep.append(step)
-            yield step.final
+                keep.append((pass_, time.perf_counter() - began))
+            yield pass_.final
             if interrupted:
                 return
 
     with ctrl_c() as interrupted:
-        texts = tokenizer.stream(chunks()) if tokenizer else (" ".join(map(str, ids)) + " " for ids in chunks() if ids)
+        texts = (
+            tokenizer.stream(chunks())
+            if tokenizer
+            else (" ".join(map(str, ids)) + " " for ids in chunks() if ids)
+        )
         for text in texts:
-            if not live:
+            if delay is None:
                 show(text)
                 sys.stdout.flush()
     return result
 
 
-def in_order(model: Qwen2, prompts: list[list[int]], decoding: Decoding, done: int = 0) -> Iterator[Result]:
-    """Decode prompts in batches; each result comes as soon as all before it have. Shows a bar; Ctrl-C ends it early."""
+def in_order(
+    model: Qwen2, prompts: list[list[int]], decoding: Decoding, recorded, done: int = 0
+) -> Iterator[Result]:
+    """Decode prompts in batches; each result comes as soon as all before it have.
+
+    Shows a bar that begins at `done`. Ctrl-C ends it early, after the pass in work.
+    """
     results, given = [Result() for _ in prompts], 0
-    total = done + len(prompts)
-    with tqdm(total=total, initial=done, unit="prompt") as bar, ctrl_c() as interrupted:
-        for step in decode(model, prompts, decoding):
-            results[step.row].add(step)
-            bar.update(step.finish_reason is not None)
+    with tqdm(total=done + len(prompts), initial=done, unit="prompt") as bar, ctrl_c() as interrupted:
+        for pass_ in decode(model, prompts, decoding, recorded=recorded):
+            results[pass_.row].add(pass_)
+            bar.update(pass_.finish_reason is not None)
             while given < len(prompts) and results[given].finish_reason:
                 yield results[given]
                 given += 1
             if interrupted:
-                break
-    if given < len(prompts):
-        click.echo(f"Interrupted: {done + given} of {total} answers are written.", err=True)
-        sys.exit(INTERRUPTED)
+                return
 
 
-def answer_file(model, tokenizer, records: list[dict], prompts: list[list[int]], decoding: Decoding, target) -> None:
+def answer_file(
+    model, tokenizer, records: list[dict], prompts, decoding: Decoding, recorded, target: str
+) -> None:
     """Decode many prompts; each answer is written with its record's fields."""
     results, began = [], time.perf_counter()
     with click.open_file(target, "w", encoding="utf-8") as file:
-        for record, prompt, result in zip(records, prompts, in_order(model, prompts, decoding)):
+        for record, prompt, result in zip(records, prompts, in_order(model, prompts, decoding, recorded)):
             results.append(result)
             file.write(json.dumps(record | report(result, prompt, tokenizer), ensure_ascii=False) + "\n")
             file.flush()
     found = rates(results, time.perf_counter() - began)
     tokens = sum(len(result.tokens) for result in results)
-    click.echo(f"{len(prompts)} answers, " + summary_line(tokens, found), err=True)
+    click.echo(f"{len(results)} answers, " + summary_line(tokens, found), err=True)
+    if len(results) < len(prompts):
+        click.echo(f"Interrupted: {len(results)} of {len(prompts)} answers are written.", err=True)
+        sys.exit(INTERRUPTED)
 
 
-# --- Judging ---
-
-PAPER_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # for GSM8K and MATH
-
-
-def final_answer(text: str) -> str | None:
-    """The answer that a text ends in: the last \\boxed{}, else what follows the last ####, else the last number."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        inside, depth = start + len("\\boxed{"), 1
-        for end in range(inside, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return normalised(text[inside:end])
-    if "####" in text and (last := text.rpartition("####")[2].strip()):
-        return normalised(last.splitlines()[0])
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return normalised(numbers[-1]) if numbers else None
-
-
-def normalised(answer: str) -> str:
-    """One spelling for equal answers: without currency, commas, units, and zeros that say nothing."""
-    answer = re.sub(r"\\text\{([^{}]*)\}|\\[,!; ]|\\?[$%]|\s+", lambda m: m[1] or " " * m[0].isspace(), answer)
-    answer = answer.strip().rstrip(".")
-    number = re.fullmatch(r"(-?[\d,]*\.?\d+)\.?(?: [a-zA-Z ]+)?", answer)
-    if not number:
-        return answer
-    value = f"{Decimal(number[1].replace(',', '')):f}"  # exact, however long
-    value = value.rstrip("0").rstrip(".") if "." in value else value
-    return "0" if value == "-0" else value
-
-
-def read_problems(path: str | None, count: int | None, instruction: str) -> dict[str, dict]:
-    """Problems {"messages", "expected"} by where they stand: of a JSONL file, or the shipped held-out set."""
-    if path is None:
-        from tiny.problems import problems  # lies beside this file
-
-        shipped = itertools.islice(problems("heldout", 0), count or 1000)
-        records = {f"problem {number}": problem for number, problem in enumerate(shipped, 1)}
-    else:
-        records = dict(itertools.islice(read_jsonl(path).items(), count))
-    found = {}
-    for place, record in records.items():
-        messages, answer = record.get("messages"), record.get("answer")
-        if isinstance(record.get("question"), str):
-            messages = [{"role": "user", "content": record["question"] + instruction}]
-        expected = final_answer(answer) if isinstance(answer, str) else None
-        good = isinstance(messages, list) and messages and expected is not None
-        require(good, f"{place}: needs `question` or `messages`, and an `answer` with a number, #### or \\boxed{{}}.")
-        found[place] = {"messages": messages, "expected": expected}
-    return found
-
-
-def verdict(problem: dict, result: Result, tokenizer: Tokenizer) -> dict:
-    """One line of an evaluation; the same whenever and wherever it is written."""
-    text = tokenizer.decode(result.tokens)
-    answer = final_answer(text)
-    judged = {"answer": answer, "correct": answer == problem["expected"], "text": text}
-    counts = {"new_tokens": len(result.tokens), "forward_passes": result.forward_passes}
-    return problem | judged | counts | {"finish_reason": result.finish_reason}
-
-
-def scores(verdicts: list[dict]) -> dict:
-    """Accuracy with its standard error, and the rates, of a problem set."""
-    n = len(verdicts)
-    share = lambda key, value: sum(v[key] == value for v in verdicts) / n
-    accuracy, tokens = share("correct", True), sum(v["new_tokens"] for v in verdicts)
-    return {
-        "accuracy": accuracy,
-        "standard_error": (accuracy * (1 - accuracy) / n) ** 0.5,
-        "problems": n,
-        "tokens_per_forward": tokens / max(1, sum(v["forward_passes"] for v in verdicts)),
-        "stopped_by_length": share("finish_reason", "length"),
-    }
-
-
-def score_line(found: dict) -> str:
-    speed = found["tokens_per_second"]
-    return (
-        f"{100 * found['accuracy']:.1f}% (standard error {100 * found['standard_error']:.1f}) of {found['problems']} "
-        f"problems, {found['tokens_per_forward']:.2f} tokens per forward"
-        + (f", {speed:.1f} tokens/s" if speed else "")
-        + f", {100 * found['stopped_by_length']:.1f}% stopped by length"
-    )
+# --- eval ---
 
 
 def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
-    """Lines that an earlier, broken-off run has written, its header first; half a line at the end is cut off.
+    """Lines that an earlier run has written, its header first; half a line at the end is cut off.
 
-    Raises InputError, and leaves the file as it is, where that run was another one.
+    Raises InputError, and leaves the file as it is, where that run was another one, naming what differs.
     """
     if not path.exists():
         return []
     content, first = path.read_bytes(), json.dumps(header, ensure_ascii=False).encode()
-    same = content[: len(first)] == first[: len(content)]
-    require(same, f"{path}: holds something else than answers of this run; remove it or name another file.")
+    if content[: len(first)] != first[: len(content)]:
+        with suppress(ValueError, RecursionError):
+            there = json.loads(content.partition(b"\n")[0])
+            flat = lambda h: {k: v for k, v in h.items() if k != "options"} | h["options"]
+            old, new = (
+                (flat(h) for h in (there, header))
+                if isinstance(there, dict) and "options" in there
+                else ({}, {})
+            )
+            for name in new:
+                ok = old.get(name) == new[name]
+                require(
+                    ok,
+                    f"{path}: holds answers with {name} {old.get(name)}, not {new[name]}; name another file.",
+                )
+        raise InputError(
+            f"{path}: holds something else than answers of this run; remove it or name another file."
+        )
     whole = content[: content.rfind(b"\n") + 1]
     lines = list(parse_jsonl(whole, path).values())
-    same = len(lines) <= len(problems) + 1 and all(v.items() >= p.items() for v, p in zip(lines[1:], problems))
+    same = len(lines) <= len(problems) + 1 and all(
+        v.items() >= p.items() for v, p in zip(lines[1:], problems)
+    )
     require(same, f"{path}: holds answers to other problems; remove it or name another file.")
     os.truncate(path, len(whole))
     return lines
 
 
-# --- Views ---
+@contextmanager
+def locked(path: Path) -> Iterator:
+    """The file, open for appending, by this process alone. Raises InputError where another one has it."""
+    with open(path, "a", encoding="utf-8") as file:
+        with suppress(ImportError):  # not on Windows
+            import fcntl
 
-RAMP = (33, 39, 44, 43, 42, 41, 77, 113, 149, 185, 221, 215, 209, 203, 204, 205, 206, 170, 134, 98)  # terminal colours
-BLANK = "\u2591\u2591"  # a mask, as wide as a short word
-
-
-def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None], special: bool = True) -> list[str | None]:
-    """Text of each token; None for a mask. A character of several tokens is the last one's."""
-    texts, stream = [], None
-    for i in ids:
-        stream = stream or decoders.DecodeStream(skip_special_tokens=not special)
-        texts.append(None if i is None else stream.step(tokenizer.encoder, i) or "")
-        stream = None if i is None else stream
-    return texts
-
-
-def cell_width(character: str) -> int:
-    """Columns of a terminal that a character takes."""
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"{path}: another run is writing it; wait for it, or name another file."
+                ) from None
+        yield file
 
 
-def wrapped(cells: list[tuple[str, object]], width: int) -> list[list[tuple[str, object]]]:
-    """Cells of (text, mark) broken into lines of at most `width` columns; every character keeps its cell's mark."""
-    lines, column = [[]], 0
-    for text, mark in cells:
-        for character in text.expandtabs(4):
-            if character == "\n":
-                lines.append([])
-                column = 0
-                continue
-            if unicodedata.category(character) == "Cc":
-                character = "\ufffd"  # a model must not steer the terminal
-            if column + cell_width(character) > width:
-                lines.append([])
-                column = 0
-            lines[-1].append((character, mark))
-            column += cell_width(character)
-    return lines
-
-
-def watch(tokenizer: Tokenizer, steps: Iterable[Pass], begin: int, mask: int, show) -> Iterator[Pass]:
-    """Draw the block in work after each pass, masks as blanks and tokens coloured by their pass; passes go through.
-
-    Lines that cannot change any more are left behind, so that an answer may be longer than the window is high.
-    """
-    plain = "NO_COLOR" in os.environ
-    tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
-    for number, step in enumerate(steps):
-        tokens += [mask] * (step.start + len(step.tokens) - begin - len(tokens))  # a new block
-        for kept in step.revealed:
-            tokens += [mask] * (kept.position + 1 - begin - len(tokens))
-            tokens[kept.position - begin] = kept.token
-            revealed_by[kept.position - begin] = number
-        final += len(step.final)
-        if step.finish_reason:
-            tokens = tokens[:final]  # what was guessed behind the end goes again
-        texts = token_texts(tokenizer, [None if t == mask else t for t in tokens], special=False)
-        cells = [(BLANK if text is None else text, revealed_by.get(i)) for i, text in enumerate(texts)]
-        lines = wrapped(cells, shutil.get_terminal_size().columns - 1)
-        drawn = []
-        for line in lines[printed:]:
-            styled = ""
-            for mark, run in itertools.groupby(line, key=lambda cell: cell[1]):
-                text = "".join(character for character, _ in run)
-                colour = 240 if mark is None else RAMP[mark % len(RAMP)]
-                styled += text if plain else f"\x1b[38;5;{colour}m{text}\x1b[0m"
-            drawn.append(styled)
-        up = f"\x1b[{height - 1}A" if height > 1 else ""
-        show(f"{up}\r\x1b[J" * (height > 0) + "\n".join(drawn))
-        sys.stdout.flush()
-        masked = [any(mark is None for _, mark in line) for line in lines]
-        settled = masked.index(True) if True in masked else len(lines) - 1
-        height = len(lines) - max(printed, settled)
-        printed = max(printed, settled)
-        yield step
-
-
-def trace_page(tokenizer: Tokenizer | None, prompt, steps: list[Pass], result: Result, decoding: Decoding) -> str:
-    """A page that replays the passes, from the template beside this file; whatever the model wrote is escaped."""
-    text_of = (lambda ids: token_texts(tokenizer, ids)) if tokenizer else lambda ids: [f" {i}" for i in ids]
-    found = sorted((kept, number) for number, step in enumerate(steps) for kept in step.revealed)
-    found = found[: len(result.tokens)]
-    tokens = []
-    for (kept, number), text in zip(found, text_of([kept.token for kept, _ in found])):
-        other, probability = kept.runner_up
-        runner_up = {"text": text_of([other])[0], "confidence": probability}
-        fields = {"position": kept.position, "text": text, "pass": number, "confidence": kept.confidence}
-        tokens.append(fields | {"runner_up": runner_up})
-    data = {
-        "title": "How the answer was written",
-        "prompt": tokenizer.decode(prompt, skip_special_tokens=False) if tokenizer else " ".join(map(str, prompt)),
-        "summary": summary_line(len(tokens), report(result, prompt, tokenizer)),
-        "options": {name: getattr(decoding, name) for name in HELP if name != "batch_size"},
-        "passes": [{"kind": s.kind, "start": s.start, "stop": s.start + len(s.tokens)} for s in steps],
-        "tokens": tokens,
-    }
-    escaped = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return TEMPLATE.read_text(encoding="utf-8").replace('"@@TRACE@@"', escaped)
-
-
-@cli.command("eval")
+@cli.command("eval", cls=Grouped)
 @click.argument("problems", required=False)
 @model_options
 @decoding_options
-@click.option("--count", type=click.IntRange(1), help="Only the first problems  [default: all, or 1000 shipped]")
-@click.option("--instruction", default="", help="Text after each question.")
-@click.option("--paper-prompt", is_flag=True, help=f"The paper's instruction for GSM8K: {PAPER_PROMPT}")
-@click.option("--output", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write each answer to JSONL.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option(
+    "--count", type=click.IntRange(1, 10**9), help="Only the first problems  [default: all, or 1000 shipped]"
+)
+@option("--instruction", default="", help="Text after each question.")
+@option("--paper-prompt", is_flag=True, help=f"The paper's instruction for GSM8K: {PAPER_PROMPT}")
+@option(
+    "--output", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write each answer to JSONL."
+)
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @reports_mistakes
-def evaluate(problems, model, device, dtype, packed, count, instruction, paper_prompt, target, as_json, **knobs):
+def evaluate(
+    problems,
+    model,
+    adapter,
+    device,
+    dtype,
+    packed,
+    record,
+    count,
+    instruction,
+    paper_prompt,
+    target,
+    as_json,
+    **knobs,
+):
     """Accuracy on PROBLEMS, JSONL with `question` (or `messages`) and `answer`; default: the shipped held-out set.
 
     The answer is the last \\boxed{}, else what follows the last ####, else the last number. With --output, a run that
     was broken off goes on where it stopped.
     """
     decoding = Decoding(**knobs)
-    require(not (paper_prompt and instruction), "--paper-prompt and --instruction exclude one another; give one.")
-    problems = read_problems(problems, count, "\n" + PAPER_PROMPT if paper_prompt else instruction)
-    network, tokenizer = open_model(model, device, dtype, packed)
+    require(
+        not (paper_prompt and instruction), "--paper-prompt and --instruction exclude one another; give one."
+    )
+    problems = read_problems(
+        problems, count, "\n" + PAPER_PROMPT if paper_prompt else instruction, read_jsonl
+    )
+    network, tokenizer, recorded = open_model(model, adapter, device, dtype, packed, record)
     decoding = decoding.resolve(network.config)
     prompts = encode_prompts(problems, tokenizer, decoding, network.config)
     problems = list(problems.values())
-    options = {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
-    header = {"model": model, "dtype": str(network.weight.dtype), "options": json.loads(json.dumps(options))}
+    used = {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
+    header = {"model": model, "adapter": adapter, "dtype": str(network.weight.dtype)}
     if target:
         folder = locate(model)
         files = {name: (folder / name).stat() for name in shards(folder)}
         header["weights"] = {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()}
-    lines = done_before(target, problems, header) if target else []
-    verdicts = lines[1:]
-    warn_of_block_size(network.config, decoding)
+    header["options"] = json.loads(json.dumps(used))
+    note_of_options(network, decoding)
 
-    began, start, tokens = time.perf_counter(), len(verdicts), 0
-    with open(target, "a", encoding="utf-8") if target else nullcontext() as file:
-        write = lambda record: file and (file.write(json.dumps(record, ensure_ascii=False) + "\n"), file.flush())
+    began = time.perf_counter()
+    with locked(target) if target else nullcontext() as file:
+        lines = done_before(target, problems, header) if target else []
+        write = lambda line: file and (file.write(json.dumps(line, ensure_ascii=False) + "\n"), file.flush())
         if not lines:
             write(header)
-        for problem, result in zip(problems[start:], in_order(network, prompts[start:], decoding, start)):
+        verdicts = lines[1:]
+        start = len(verdicts)
+        answers = in_order(network, prompts[start:], decoding, recorded, start)
+        for problem, result in zip(problems[start:], answers):
             verdicts.append(verdict(problem, result, tokenizer))
-            tokens += len(result.tokens)
             write(verdicts[-1])
-    speed = tokens / (time.perf_counter() - began) if tokens else None  # of what this run wrote
-    found = scores(verdicts) | {"tokens_per_second": speed}
-    click.echo(json.dumps(found | asdict(decoding) | environment()) if as_json else score_line(found))
+    tokens = sum(line["new_tokens"] for line in verdicts[start:])
+    if verdicts:
+        found = scores(verdicts) | {
+            "tokens_per_second": tokens / (time.perf_counter() - began) if tokens else None
+        }
+        click.echo(json.dumps(found | asdict(decoding) | environment()) if as_json else score_line(found))
+    if len(verdicts) < len(problems):
+        kept = "are written; the same command goes on" if target else "count; with --output it could go on"
+        click.echo(f"Interrupted: {len(verdicts)} of {len(problems)} answers {kept}.", err=True)
+        sys.exit(INTERRUPTED)
 
 
-def numbers(kind):
-    """An option's comma-separated list of numbers."""
-
-    def parse(context, parameter, text):
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise OneSentence(f"--{parameter.name.replace('_', '-')} is {text!r}; give numbers with commas.") from None
-
-    return parse
+# --- sweep ---
 
 
-@cli.command()
+@cli.command(cls=Grouped)
 @click.argument("problems", required=False)
 @model_options
-@click.option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", show_default=True, callback=numbers(float))
-@click.option("--block-sizes", help="[default: the checkpoint's]", callback=lambda c, p, t: t and numbers(int)(c, p, t))
-@click.option("--sub-block-sizes", default="8,32", show_default=True, callback=numbers(int))
-@click.option("--caches", default="block", show_default=True, callback=lambda c, p, text: text.split(","))
-@click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Problems.")
-@click.option("--instruction", default="", help="Text after each question.")
-@click.option("--batch-size", default=1, show_default=True, help="Prompts decoded at the same time.")
-@click.option("--max-new-tokens", default=Decoding.max_new_tokens, show_default=True)
-@click.option("--max-drop", default=1.0, show_default=True, help="Points of accuracy below AR that are acceptable.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", show_default=True, callback=numbers(float, 0, 1))
+@option("--block-sizes", help="[default: the checkpoint's]", callback=numbers(int, 1, 10**6))
+@option("--sub-block-sizes", default="8,32", show_default=True, callback=numbers(int, 1, 10**6))
+@option("--caches", default="block", show_default=True, callback=lambda c, p, text: text.split(","))
+@option("--count", type=click.IntRange(1, 10**9), default=200, show_default=True, help="Problems.")
+@option("--instruction", default="", help="Text after each question.")
+@option(
+    "--max-drop",
+    type=click.FloatRange(0, 100),
+    default=1.0,
+    show_default=True,
+    help="Points below AR to accept.",
+)
+@option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@options(Decoding, "batch_size", "max_new_tokens", batch_size={"default": 1})
 @reports_mistakes
 def sweep(
-    problems, model, device, dtype, packed, thresholds, block_sizes, sub_block_sizes, caches, count, instruction,
-    max_drop, as_json, **knobs,
+    problems, model, adapter, device, dtype, packed, record, thresholds, block_sizes, sub_block_sizes, caches, count,
+    instruction, max_drop, as_json, **knobs,
 ):  # fmt: skip
     """Accuracy and speed of thresholds x block sizes x sub-block sizes x caches, beside AR of the same weights.
 
-    Rows marked * are the best choices: no other is both faster and better.
+    A row marked * is beaten by no other in both accuracy and speed. Answers are paired with AR's problem by problem.
+    A choice is recommended if with 95% confidence it loses no more than --max-drop points. AUP is a score without
+    hardware: the area under accuracy against tokens per forward.
     """
-    problems = read_problems(problems, count, instruction)
-    network, tokenizer = open_model(model, device, dtype, packed)
+    require(not math.isnan(max_drop), "--max-drop is nan; give points of accuracy, like 1.")
+    problems = read_problems(problems, count, instruction, read_jsonl)
+    network, tokenizer, recorded = open_model(model, adapter, device, dtype, packed, record)
     choices = [Decoding(block_size=1, **knobs).resolve(network.config)]
-    for size, sub, cache in itertools.product(block_sizes or [network.config.block_size], sub_block_sizes, caches):
-        if size > 1 and sub > 0 and size % sub == 0:
+    if network.config.mask_token_id is not None:
+        choices.append(Decoding(verify=True, **knobs).resolve(network.config))
+    for size, sub, cache in itertools.product(
+        block_sizes or [network.config.block_size], sub_block_sizes, caches
+    ):
+        if size > 1 and size % sub == 0:
             choices += [Decoding(size, sub, t, cache, **knobs).resolve(network.config) for t in thresholds]
-    require(len(choices) > 1, "No sub-block size divides a block size above 1; choose others.")
+        else:
+            click.echo(f"Note: sub-block size {sub} does not divide block size {size}; left out.", err=True)
+    require(len(choices) > 2, "No sub-block size divides a block size above 1; choose others.")
     prompts = encode_prompts(problems, tokenizer, choices[0], network.config)
     problems = list(problems.values())
-    rows = []
+    rows, answers = [], []
     for decoding in tqdm(choices, unit="row"):
-        rows.append(measured(network, tokenizer, problems, prompts, decoding))
+        generate_all(network, prompts[: decoding.batch_size], decoding, recorded)  # warms up
+        began = time.perf_counter()
+        results = generate_all(network, prompts, decoding, recorded)
+        speed = rates(results, time.perf_counter() - began)["tokens_per_second"]
+        answers.append([verdict(problem, result, tokenizer) for problem, result in zip(problems, results)])
+        rows.append(scores(answers[-1]) | {"tokens_per_second": speed} | asdict(decoding))
     merit = lambda row: (row["accuracy"], row["tokens_per_second"])
-    for row in rows:
+    for row, own in zip(rows, answers):
         row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        row |= paired_drop([v["correct"] for v in answers[0]], [v["correct"] for v in own], max_drop / 100)
         rivals = [merit(other) for other in rows if merit(other) != merit(row)]
         row["best"] = not any(a >= row["accuracy"] and s >= row["tokens_per_second"] for a, s in rivals)
-    allowed = [row for row in rows if row["accuracy"] >= rows[0]["accuracy"] - max_drop / 100]
-    chosen = max(allowed, key=lambda row: row["tokens_per_second"])
+    speed = lambda row: row["tokens_per_second"]
+    sure = [row for row in rows if row["drop_upper"] <= max_drop / 100 or row is rows[0]]
+    chosen, hoped = (
+        max(sure, key=speed),
+        max((r for r in rows if r["problems_needed"]), key=speed, default=None),
+    )
+    areas = {}
+    for row in rows[1:]:
+        if not row["verify"]:
+            key = row["block_size"], row["sub_block_size"], row["cache"]
+            areas.setdefault(key, []).append((row["tokens_per_forward"], 100 * row["accuracy"]))
+    areas = {key: aup(points, 100 * max(r["accuracy"] for r in rows)) for key, points in areas.items()}
     if as_json:
-        click.echo(json.dumps({"rows": rows, "recommended": chosen, "max_drop": max_drop} | environment()))
+        scored = [
+            dict(zip(("block_size", "sub_block_size", "cache", "aup"), (*key, area)))
+            for key, area in areas.items()
+        ]
+        found = {"rows": rows, "recommended": chosen, "max_drop": max_drop, "aup": scored}
+        click.echo(json.dumps(found | environment()))
         return
-    columns = "threshold block sub-block cache accuracy s.e. tokens/forward tokens/s speed-up".split()
+    columns = "decoder sub-block cache accuracy s.e. tokens/forward tokens/s speed-up".split()
     click.echo(" ".join(f"{name:>14}" for name in columns))
     for row in rows:
-        name = "AR" if row["block_size"] == 1 else f"{row['threshold']:g}"
-        cells = [name, row["block_size"], row["sub_block_size"], row["cache"], f"{100 * row['accuracy']:.1f}"]
+        cells = [name_of(row), row["sub_block_size"], row["cache"], f"{100 * row['accuracy']:.1f}"]
         cells += [f"{100 * row['standard_error']:.1f}", f"{row['tokens_per_forward']:.2f}"]
         cells += [f"{row['tokens_per_second']:.1f}", f"{row['speed_up']:.2f}"]
         click.echo(" ".join(f"{cell:>14}" for cell in cells) + " *" * row["best"])
-    how = "AR, --block-size 1" if chosen["block_size"] == 1 else "--threshold {threshold:g} --block-size {block_size} "
-    how = (how + "--sub-block-size {sub_block_size} --cache {cache}" * (chosen["block_size"] > 1)).format(**chosen)
-    click.echo(f"Within {max_drop:g} points of AR, the fastest is {how}: {chosen['speed_up']:.2f} times AR.")
+    for (size, sub, cache), area in areas.items():
+        click.echo(f"AUP of block size {size}, sub-block size {sub}, cache {cache}: {area:.0f}")
+    within = f"within {max_drop:g} points of AR"
+    click.echo(
+        f"For 95% sure {within}, the fastest is {flags_of(chosen)}: {chosen['speed_up']:.2f} times AR."
+    )
+    if hoped and speed(hoped) > speed(chosen):
+        click.echo(
+            f"{flags_of(hoped)} is faster, {hoped['speed_up']:.2f} times AR, and may be {within}: "
+            f"--count {hoped['problems_needed']} would show it."
+        )
 
 
-def measured(model, tokenizer, problems: list[dict], prompts: list[list[int]], decoding: Decoding) -> dict:
-    """Scores, speed and options of one way of decoding a problem set, after a warm-up."""
-    generate_all(model, prompts[: decoding.batch_size], decoding)
-    began = time.perf_counter()
-    results = generate_all(model, prompts, decoding)
-    seconds = time.perf_counter() - began
-    found = scores([verdict(problem, result, tokenizer) for problem, result in zip(problems, results)])
-    return found | {"tokens_per_second": rates(results, seconds)["tokens_per_second"]} | asdict(decoding)
+def name_of(row: dict) -> str:
+    if row["verify"]:
+        return "verify"
+    return "AR" if row["block_size"] == 1 else f"{row['block_size']} at {row['threshold']:g}"
 
 
-def optional(kind):
-    """Like `numbers`, for an option that may be left out."""
-    return lambda context, parameter, text: text and numbers(kind)(context, parameter, text)
+def flags_of(row: dict) -> str:
+    """The flags that choose this row's decoder."""
+    if row["verify"]:
+        return "--verify"
+    if row["block_size"] == 1:
+        return "--block-size 1"
+    flags = "--threshold {threshold:g} --block-size {block_size} --sub-block-size {sub_block_size} --cache {cache}"
+    return flags.format(**row)
 
 
-@cli.command()
+# --- bench and info ---
+
+
+@cli.command(cls=Grouped)
 @model_options
-@click.option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
-@click.option("--layers", type=click.IntRange(1), help="Cut the shape to so many layers.")
-@click.option("--decoders", default="ar,block,dual", show_default=True, help="Of ar, block, fused, dual and none.")
-@click.option("--thresholds", help="[default: 0.9]", callback=optional(float))
-@click.option(
-    "--tokens-per-pass", help="Instead of thresholds  [default: 3, of random weights]", callback=optional(int)
+@option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
+@option("--layers", type=click.IntRange(1, 1000), help="Cut the shape to so many layers.")
+@option(
+    "--decoders",
+    default="ar,block,dual",
+    show_default=True,
+    help="Of ar, block, fused, dual, none, prefix, verify.",
 )
-@click.option("--sub-block-sizes", default=f"{Decoding.sub_block_size}", show_default=True, callback=numbers(int))
-@click.option("--batch-sizes", default="1,4,16", show_default=True, callback=numbers(int))
-@click.option("--prompts", type=click.IntRange(1), help="How many  [default: a batch; of problems 4, at least 16]")
-@click.option("--prompt-tokens", type=click.IntRange(1), help="Random prompts  [default: problems, or 1024 tokens]")
-@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Longest answer.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved; medians are shown.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's]")
-@click.option("--seed", default=0, show_default=True, help="Of random prompts and weights.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+@option("--thresholds", help="[default: 0.9]", callback=numbers(float, 0, 1))
+@option(
+    "--tokens-per-pass",
+    help="Instead of thresholds  [default: 3, of random weights]",
+    callback=numbers(int, 1, 10**6),
+)
+@option(
+    "--sub-block-sizes",
+    default=f"{Decoding.sub_block_size}",
+    show_default=True,
+    callback=numbers(int, 1, 10**6),
+)
+@option("--batch-sizes", default="1,4,16", show_default=True, callback=numbers(int, 1, 10**5))
+@option(
+    "--prompts",
+    type=click.IntRange(1, 10**6),
+    help="How many  [default: a batch; of problems 4, at least 16]",
+)
+@option(
+    "--prompt-tokens",
+    type=click.IntRange(1, 10**6),
+    help="Random prompts  [default: problems, or 1024 tokens]",
+)
+@option("--new-tokens", type=click.IntRange(2, 10**6), default=128, show_default=True, help="Longest answer.")
+@option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=3,
+    show_default=True,
+    help="Interleaved; medians are shown.",
+)
+@option("--threads", type=click.IntRange(1, 1024), help="CPU threads  [default: torch's]")
+@option(
+    "--seed",
+    type=click.IntRange(0, 2**31),
+    default=0,
+    show_default=True,
+    help="Of random prompts and weights.",
+)
+@option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
+)
 @reports_mistakes
-def bench(**options):
+def bench(**given):
     """Speed, memory and time of each pass: decoders x batch sizes, beside AR and the machine's limits."""
-    folder = Path(__file__).parent / "benchmarks"
-    require((folder / "speed.py").is_file(), "bench needs benchmarks/speed.py beside cli.py; run it in the repository.")
-    sys.path.insert(0, str(folder))
-    from speed import bench
+    from benchmarks.speed import bench
 
-    bench(**options | {"decoders": options["decoders"].split(",")})
+    bench(**given | {"decoders": given["decoders"].split(",")})
 
 
-@cli.command()
-@click.option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped checkpoint]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cli.command(cls=Grouped)
+@click.argument("model_argument", metavar="[MODEL]", required=False)
+@option("--model", help="Folder or Hub id  [default: the shipped checkpoint]")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @reports_mistakes
-def info(model, as_json):
-    """What a checkpoint is, without loading its weights."""
-    folder, config, tokenizer = read_checkpoint(model, weights=False)
+def info(model_argument, model, as_json):
+    """What MODEL is, a folder or Hub id, without loading its weights."""
+    require(not (model and model_argument), "MODEL and --model name the same thing; give one of them.")
+    folder, config, tokenizer = read_checkpoint(model or model_argument or str(SHIPPED), weights=False)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Qwen2(config).parameters())
     raw = read_json(folder / "config.json")
@@ -802,7 +919,12 @@ def info(model, as_json):
     size = DTYPES[dtype].itemsize if DTYPES.get(dtype) else 4
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     name = lambda i: f"{i}" + (f" {tokenizer.decode([i], skip_special_tokens=False)}" if tokenizer else "")
-    found = {name: value for name, value in asdict(config).items() if "token" not in name or name == "tokenizer_size"}
+    found = {
+        name: value
+        for name, value in asdict(config).items()
+        if "token" not in name or name == "tokenizer_size"
+    }
+    found.pop("draft_width")
     found |= {"parameters": parameters, "dtype": dtype}
     found |= {"kind": "autoregressive" if config.block_size == 1 else "block diffusion"}
     found |= {"mask_token": None if config.mask_token_id is None else name(config.mask_token_id)}
@@ -817,21 +939,29 @@ def info(model, as_json):
         click.echo(f"{key.replace('_', ' '):>26}  {value}")
 
 
-@cli.command()
+# --- chat ---
+
+CHAT_HELP = "Commands: /clear, /system TEXT, /stats, /save FILE, /help, /quit."
+
+
+@cli.command(cls=Grouped)
 @model_options
 @decoding_options
-@click.option("--system", help="System message.")
+@option("--system", help="System message.")
 @reports_mistakes
-def chat(model, device, dtype, packed, system, **knobs):
-    """Talk with a model: /clear, /system TEXT, /stats, /save FILE, /exit.
+def chat(model, adapter, device, dtype, packed, record, system, **knobs):
+    """Talk with a model: /clear, /system TEXT, /stats, /save FILE, /help, /quit.
 
-    Finished blocks stay in the cache from turn to turn, so a turn pays only for what is new. Ctrl-C stops an answer.
+    Finished blocks stay in the cache from turn to turn, so that a turn runs only what is new. Ctrl-C stops an answer.
     """
     decoding = Decoding(**knobs)
-    network, tokenizer = open_model(model, device, dtype, packed)
+    network, tokenizer, _ = open_model(model, adapter, device, dtype, packed, record)
     require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
     decoding = decoding.resolve(network.config)
-    warn_of_block_size(network.config, decoding)
+    note_of_options(network, decoding)
+    click.echo(f"{model}: {CHAT_HELP} Ctrl-C stops an answer.", err=True)
+    if Path(model) == SHIPPED:
+        click.echo(f"The shipped model solves word problems only. Try: {SAMPLE}", err=True)
     Chat(network, tokenizer, decoding, system).run()
 
 
@@ -846,16 +976,16 @@ class Chat:
         self.messages, self.memory, self.results, self.seconds = [], Memory(), [], 0.0
 
     def run(self) -> None:
-        """Read lines until /exit or the end of the input; Ctrl-C ends a line or an answer, never the program."""
+        """Read lines until /quit or the end of the input; Ctrl-C ends a line or an answer, never the program."""
         begin = ""
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="surrogateescape")  # a stray byte spoils its own line only
-        while True:
+            sys.stdin.reconfigure(errors="surrogateescape")  # an invalid byte spoils its own line only
+        while sys.stdin and not sys.stdin.closed:
             try:
                 line = input(f"{begin}> " if sys.stdin.isatty() else "").strip()
                 line.encode()
                 begin = ""
-                if line == "/exit":
+                if line in ("/exit", "/quit", "exit", "quit"):
                     return
                 self.turn(line)
             except EOFError:
@@ -873,49 +1003,72 @@ class Chat:
         if name in ("/clear", "/system", "/stats", "/save"):
             self.command(name, rest.strip())
         elif line.startswith("/"):
-            click.echo("Commands: /clear, /system TEXT, /stats, /save FILE, /exit.", err=True)
+            click.echo(CHAT_HELP, err=True)
         elif line:
             self.answer(line)
 
     def command(self, name: str, rest: str) -> None:
+        """Do what a command says, and say on stderr what was done."""
         if name == "/clear":
             self.clear()
+            done = "The conversation is cleared."
         elif name == "/system":
             self.system = rest or None
+            done = f"The system message is now: {rest}" if rest else "There is no system message now."
         elif name == "/stats":
             tokens = sum(len(result.tokens) for result in self.results)
             line = summary_line(tokens, rates(self.results, self.seconds or 1e-9))
             room = self.model.config.max_position_embeddings
-            click.echo(f"{line}; {len(self.memory.tokens)} of {room} positions are in the cache", err=True)
+            done = f"{line}; {len(self.memory.tokens)} of {room} positions are in the cache"
         elif not rest:
-            click.echo("Error: /save needs a file's name.", err=True)
+            done = "Error: /save needs a file's name."
         else:
             content = json.dumps({"messages": self.conversation()}, ensure_ascii=False) + "\n"
             try:
                 replace_file(Path(rest), partial(Path.write_text, data=content, encoding="utf-8"))
+                done = f"Saved to {rest}."
             except OSError as error:
-                click.echo(f"Error: {rest}: {error.strerror}.", err=True)
+                done = f"Error: {rest}: {error.strerror}."
+            except ValueError as error:  # a name that no file can have
+                done = (
+                    f"Error: {error}"
+                    if isinstance(error, InputError)
+                    else f"Error: {rest!a}: no file's name."
+                )
+        click.echo(done, err=True)
 
     def conversation(self) -> list[dict]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
 
     def answer(self, question: str) -> None:
-        """One turn; its messages are kept where it could begin. Raises InputError where there is no room for it."""
+        """One turn; an answer that Ctrl-C has cut is forgotten, with its question.
+
+        Raises InputError where there is no room for it.
+        """
         turn = {"role": "user", "content": question}
         prompt = self.tokenizer.chat([*self.conversation(), turn])
         room = self.model.config.max_position_embeddings - len(prompt)
-        require(room > 0, f"The conversation has outgrown the model's {room + len(prompt)} positions; /clear it.")
+        require(
+            room > 0, f"The conversation has outgrown the model's {room + len(prompt)} positions; /clear it."
+        )
         decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
         began = time.perf_counter()
         show = partial(click.echo, nl=False)
-        result = stream_answer(self.model, self.tokenizer, prompt, decoding, show, self.memory)
+        result = stream_answer(self.model, self.tokenizer, prompt, decoding, None, show, self.memory)
         self.seconds += time.perf_counter() - began
         click.echo()
         self.results.append(result)
+        if not result.finish_reason:
+            click.echo("(interrupted; this question and its answer are forgotten)", err=True)
+            return
         self.messages += [turn, {"role": "assistant", "content": self.tokenizer.decode(result.tokens)}]
-        if result.finish_reason != "stop":
-            why = "at the last position: /clear the conversation" if decoding.max_new_tokens == room else "early"
-            click.echo(f"(the answer ends {why})" if result.finish_reason else "(interrupted)", err=True)
+        if result.finish_reason == "length":
+            why = (
+                "at the last position: /clear the conversation"
+                if decoding.max_new_tokens == room
+                else "early"
+            )
+            click.echo(f"(the answer ends {why})", err=True)
 
 
 if __name__ == "__main__":

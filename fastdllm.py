@@ -16,11 +16,14 @@ Shapes: B rows of a batch, T positions of a window, S keys seen, D hidden size, 
 heads, d head size, V vocabulary. Positions are absolute and start at 0; block k begins at k * block_size.
 """
 
+import hashlib
 import json
 import math
 import operator
 import os
 import re
+import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -1083,8 +1086,8 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def locate(path: str | os.PathLike, weights: bool = True) -> Path:
-    """The checkpoint's folder: `path` itself, or the download of a Hub id, with `weights` or without."""
+def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | None = None) -> Path:
+    """The folder: `path`, or the download of a Hub id: `files`, else a checkpoint with or without weights."""
     if Path(path).is_dir():
         return Path(path)
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
@@ -1093,6 +1096,8 @@ def locate(path: str | os.PathLike, weights: bool = True) -> Path:
 
     download = partial(snapshot_download, str(path))
     try:
+        if files:
+            return Path(download(allow_patterns=files))
         small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
         folder = Path(download(allow_patterns=small))  # with the index, which names the weight files
         return Path(download(allow_patterns=[*small, *shards(folder)])) if weights else folder
@@ -1167,13 +1172,11 @@ RULES: dict[str, tuple[Callable, str]] = {
 
 def parse_config(raw: dict) -> Config:
     """From the contents of `config.json`. Raises InputError for invalid values and for what is not built."""
-    import reprlib  # its repr is short, also for values so deep that the usual one fails
-
     rope, c = raw.get("rope_parameters"), {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None  # where newer Transformers keep it
     for part in ({"rope_theta": theta}, raw):
         c |= {key: value for key, value in part.items() if value is not None}
-    for key, (valid, rule) in RULES.items():
+    for key, (valid, rule) in RULES.items():  # reprlib is short, also for values too deep for repr
         ok = valid(c[key]) if key in c else key not in REQUIRED
         require(ok, f"config.json: {key} is {reprlib.repr(c.get(key))}, it must be {rule}.")
     hidden, heads, groups = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
@@ -1237,12 +1240,16 @@ def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path
 
 
 def load(
-    path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto"
+    path: str | os.PathLike,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[Qwen2, Tokenizer | None]:
     """Model and tokenizer from a folder or a Hub id; the tokenizer is None where the folder has none.
 
     device: a torch device, or "auto": cuda, else mps, else cpu. dtype: one of `DTYPES` or its name; "auto" is
-    the embedding's dtype in the file. Raises InputError naming the file, key or tensor that is wrong.
+    the embedding's dtype in the file. adapter: see `load_adapter`. Raises InputError naming the file, key or
+    tensor that is wrong.
     """
     device, kind = pick_device(device), DTYPES.get(dtype, dtype)
     require(kind in DTYPES.values(), f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
@@ -1250,6 +1257,8 @@ def load(
     with torch.device("meta"):
         model = Qwen2(config)
     load_weights(model, folder, device, kind)
+    if adapter is not None:
+        load_adapter(model, adapter)
     return model.eval(), tokenizer
 
 
@@ -1316,3 +1325,135 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# --- Adapter ---
+# A low-rank adapter (LoRA) that is on at masks only. It teaches a model to draft and leaves what the model
+# says as it is. Its folder has PEFT's layout, and keeps the embedding of masks as PEFT keeps trained rows.
+
+MASK_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LowRank(nn.Module):
+    """(alpha / r) B A x: the adapter's part of a linear layer; A is (r, in), B (out, r)."""
+
+    def __init__(self, linear: Linear, r: int, scale: float):
+        super().__init__()
+        out_size, in_size = linear.weight.shape
+        self.A = nn.Parameter(linear.weight.new_zeros(r, in_size))
+        self.B = nn.Parameter(linear.weight.new_zeros(out_size, r))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)  # a training keeps them in float32
+        return F.linear(F.linear(x, A) * self.scale, B)
+
+
+def names_of(layer: str) -> list[str]:
+    """PEFT's names of a layer's A and B."""
+    return [f"base_model.model.{layer}.lora_{part}.weight" for part in "AB"]
+
+
+def adapted_layers(model: Qwen2) -> dict[str, Linear]:
+    """The layers that an adapter changes, under their tensors' names."""
+    named = model.named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, Linear) and name.endswith(TARGETS)}
+
+
+def add_adapter(model: Qwen2, r: int, alpha: float) -> None:
+    """Give every linear layer but the head a `LowRank` of zeros, and masks a row of their own.
+
+    None of it is in the model's state dict, which stays the base's. Raises InputError for an r that no layer
+    of this size can have.
+    """
+    layers = adapted_layers(model).values()
+    largest = min(min(layer.weight.shape) for layer in layers)
+    require(1 <= r <= largest, f"The adapter's r is {r}, this model's layers allow 1 to {largest}.")
+    for layer in layers:
+        object.__setattr__(layer, "adapter", LowRank(layer, r, alpha / r))
+    model.mask_row = model.weight.new_zeros(model.config.hidden_size)
+
+
+def adapter_tensors(model: Qwen2) -> dict[str, Tensor]:
+    """The loaded adapter's tensors under PEFT's names."""
+    tensors = {MASK_ROW: model.mask_row[None]}
+    for name, layer in adapted_layers(model).items():
+        tensors |= zip(names_of(name), (layer.adapter.A, layer.adapter.B))
+    return tensors
+
+
+def base_digest(model: Qwen2) -> str:
+    """A name for a model's weights, from a few of its tensors in their bytes."""
+    layers, digest = model.model.layers, hashlib.sha256()
+    for weight in (
+        model.model.norm.weight,
+        *(layer.self_attn.q_proj.weight for layer in (layers[0], layers[-1])),
+    ):
+        digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_adapter(model: Qwen2, folder: str | os.PathLike, alpha: float, base: str, digest: str) -> None:
+    """Write the adapter in bfloat16; each file is written beside its place and renamed.
+
+    base: the name or folder of the checkpoint that it belongs to; digest: that checkpoint's `base_digest`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().bfloat16().contiguous() for name, p in adapter_tensors(model).items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": len(next(iter(adapted_layers(model).values())).adapter.A),
+        "lora_alpha": alpha,
+        "target_modules": list(TARGETS),
+        "trainable_token_indices": [model.config.mask_token_id],
+        "masks_only": True,
+        "draft_width": model.config.draft_width,
+        "base_digest": digest,
+    }
+    write = lambda path: save_file(tensors, path, {"format": "pt"})
+    replace_file(folder / ADAPTER_FILES[1], write)
+    content = json.dumps(config, indent=2) + "\n"
+    replace_file(folder / ADAPTER_FILES[0], partial(Path.write_text, data=content))
+
+
+@torch.no_grad()
+def load_adapter(model: Qwen2, path: str | os.PathLike) -> Qwen2:
+    """Put an adapter, of a folder or a Hub id, on a model, in place; it is on where a pass has masks.
+
+    A base without a mask token gets the adapter's mask id. Raises InputError, and leaves the model as it was,
+    for an adapter of another shape or kind. Warns where the base's weights are not those it was trained on.
+    """
+    folder = locate(path, files=ADAPTER_FILES)
+    there = (folder / ADAPTER_FILES[0]).is_file()
+    require(there, f"{folder}: no adapter, {ADAPTER_FILES[0]} is missing.")
+    raw, c = read_json(folder / ADAPTER_FILES[0]), model.config
+    r, alpha, ids = raw.get("r"), raw.get("lora_alpha"), raw.get("trainable_token_indices")
+    kind = raw.get("peft_type") == "LORA" and raw.get("masks_only") is True
+    require(kind, f"{folder}: is no adapter that is on at masks only; merge an ordinary one into its base.")
+    whole = type(r) is int and type(alpha) in (int, float) and isinstance(ids, list) and len(ids) == 1
+    require(whole, f"{folder}: needs r, lora_alpha and one id in trainable_token_indices.")
+    fits = type(ids[0]) is int and 0 <= ids[0] < c.vocab_size and c.mask_token_id in (None, ids[0])
+    require(fits, f"{folder}: its mask is id {ids[0]}, the base's {c.mask_token_id} of {c.vocab_size}.")
+    sizes = {name: tuple(shape) for name, shape in tensor_shapes(folder / ADAPTER_FILES[1]).items()}
+    shapes = {MASK_ROW: (1, c.hidden_size)}
+    for name, layer in adapted_layers(model).items():
+        out_size, in_size = layer.weight.shape
+        shapes |= dict(zip(names_of(name), ((r, in_size), (out_size, r))))
+    wrong = {name for name, _ in shapes.items() ^ sizes.items()}
+    require(not wrong, f"{folder}: does not fit this base; of another shape: {min(wrong, default='')}.")
+    add_adapter(model, r, alpha)
+    with safe_open(folder / ADAPTER_FILES[1], "pt") as weights:
+        for name, tensor in adapter_tensors(model).items():
+            tensor.copy_(weights.get_tensor(name))
+    model.config = replace(c, mask_token_id=ids[0], draft_width=raw.get("draft_width"))
+    if raw.get("base_digest") != base_digest(model):
+        base = brief(raw.get("base_model_name_or_path"))
+        warnings.warn(
+            f"{folder}: was trained on other weights, {base}; few drafts may be right.", stacklevel=2
+        )
+    return model

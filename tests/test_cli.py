@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import cli
-from cli import final_answer
-from fastdllm import Decoding, generate, is_prepacked, load, prepack
+from benchmarks.judging import final_answer
+from fast import prepack
+from fastdllm import Decoding, generate, load
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -55,14 +56,15 @@ def test_the_prompt_may_be_piped_in():
 def test_json_has_the_documented_fields_and_counts(shipped):
     result = run(QUESTION, "--json", "--threshold", 0.8, "--cache", "dual")
     found = json.loads(result.stdout)
-    names = (
-        "text token_ids prompt_tokens new_tokens passes forward_passes tokens_per_forward seconds tokens_per_second "
-    )
-    names += (
-        "finish_reason block_size sub_block_size threshold cache max_new_tokens temperature top_p seed stop_token_ids"
-    )
+    names = "text token_ids prompt_tokens new_tokens passes forward_passes tokens_per_forward seconds tokens_per_second "
+    names += "finish_reason block_size sub_block_size threshold cache max_new_tokens temperature top_p seed stop_token_ids"
     assert set(names.split()) <= set(found)
-    assert (found["threshold"], found["cache"], found["block_size"], found["sub_block_size"]) == (0.8, "dual", 32, 8)
+    assert (found["threshold"], found["cache"], found["block_size"], found["sub_block_size"]) == (
+        0.8,
+        "dual",
+        32,
+        8,
+    )
     assert found["new_tokens"] == len(found["token_ids"])
     assert found["forward_passes"] == sum(n for kind, n in found["passes"].items() if kind != "prefill")
     assert found["tokens_per_forward"] == pytest.approx(found["new_tokens"] / found["forward_passes"])
@@ -87,8 +89,8 @@ def test_weights_are_prepacked_where_that_works_unless_asked_not_to(monkeypatch)
     models, decode = [], cli.decode
     monkeypatch.setattr(cli, "decode", lambda model, *rest: models.append(model) or decode(model, *rest))
     assert run(QUESTION).stdout == run(QUESTION, "--no-prepack").stdout
-    works = is_prepacked(prepack(load(cli.SHIPPED, "cpu")[0]))  # not without oneDNN
-    assert [is_prepacked(model) for model in models] == [works, False]
+    works = prepack(load(cli.SHIPPED, "cpu")[0]).prepacked  # not without oneDNN
+    assert [model.prepacked for model in models] == [works, False]
 
 
 def test_raw_continues_the_text_and_prompt_ids_the_ids(shipped):
@@ -106,7 +108,9 @@ def test_a_checkpoint_without_tokenizer_prints_ids(folders):
 
 def test_defaults_are_the_dataclass_fields():
     options = {option.name: option.default for option in cli.generate.params}
-    assert {name: options[name] for name in cli.HELP} == {name: getattr(Decoding, name) for name in cli.HELP}
+    assert {name: options[name] for name in cli.KNOBS} == {
+        name: getattr(Decoding, name) for name in cli.KNOBS
+    }
 
 
 def test_files_of_prompts_give_answers_in_order_with_their_fields(tmp_path):
@@ -129,14 +133,13 @@ def test_mistakes_get_one_sentence(tmp_path, folders):
     assert "outside the vocabulary" in mistake("--prompt-ids", "1,99999")
     assert "give integers" in mistake("--prompt-ids", "1,x")
     assert "mask token" in mistake("a |<MASK>| b")
-    assert "5 does not divide block_size 32" in mistake("hi", "--sub-block-size", 5)
-    assert "must lie in [0, 1]" in mistake("hi", "--threshold", 1.5)
+    assert "--sub-block-size 5 does not divide --block-size 32" in mistake("hi", "--sub-block-size", 5)
+    assert "'--threshold': 1.5 is not in the range" in mistake("hi", "--threshold", 1.5)
     assert "the model has 1024" in mistake("hi", "--max-new-tokens", 5000)
     assert "no tokenizer" in mistake("hi", "--model", folders["untied"])
     assert "dtype 'int8' is not known" in mistake("hi", "--dtype", "int8")
     assert "exclude one another" in mistake("hi", "--prompt-ids", "1")
     assert "--output needs --input" in mistake("hi", "--output", "x")
-    assert "8 does not divide block_size 4" in mistake("hi", "--block-size", 4, "--sub-block-size", 8)
     assert "--raw and --system are for text" in mistake("--prompt-ids", "1", "--raw")
     assert "--system has no place" in mistake("hi", "--raw", "--system", "x")
     assert "No valid Unicode" in mistake(stdin=b"caf\xe9")

@@ -1,0 +1,104 @@
+"""The live view of `--watch`: the answer in a terminal, each token coloured by the pass that revealed it."""
+
+import itertools
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+from tokenizers import decoders
+
+from fastdllm import Pass, Tokenizer
+
+RAMP = (33, 39, 44, 43, 42, 41, 77, 113, 149, 185, 221, 215, 209, 203, 204, 205, 206, 170, 134, 98)  # colours
+BLANK = "\u2591\u2591"  # a mask, as wide as a short word
+
+
+def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None], special: bool = True) -> list[str | None]:
+    """Text of each token; None for a mask. A character of several tokens is the last one's."""
+    texts, stream = [], None
+    for i in ids:
+        stream = stream or decoders.DecodeStream(skip_special_tokens=not special)
+        texts.append(None if i is None else stream.step(tokenizer.encoder, i) or "")
+        stream = None if i is None else stream
+    return texts
+
+
+def cell_width(character: str) -> int:
+    """Columns of a terminal that a character takes."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def wrapped(cells: list[tuple[str, object]], width: int) -> list[list[tuple[str, object]]]:
+    """Cells of (text, mark) broken into lines of at most `width` columns; every character keeps its cell's mark.
+
+    A word that fits into a line is not broken; the space before it ends the line.
+    """
+    lines, column, word = [[]], 0, 0  # word: where the last word of the line begins
+    for text, mark in cells:
+        for character in text.expandtabs(4):
+            if character == "\n":
+                lines.append([])
+                column = word = 0
+                continue
+            if unicodedata.category(character) == "Cc":
+                character = "\ufffd"  # a model must not steer the terminal
+            if column + cell_width(character) > width:
+                moved = lines[-1][word:] if 0 < word and character != " " else []
+                lines[-1] = lines[-1][: len(lines[-1]) - len(moved)]
+                lines.append(moved)
+                column, word = sum(cell_width(c) for c, _ in moved), 0
+            lines[-1].append((character, mark))
+            column += cell_width(character)
+            if character == " ":
+                word = len(lines[-1])
+    return lines
+
+
+def watch(
+    tokenizer: Tokenizer, passes: Iterable[Pass], begin: int, mask: int, show, delay: float = 0.0
+) -> Iterator[Pass]:
+    """Draw what is known after each pass, masks as blanks, and wait `delay` seconds; the passes go through.
+
+    begin: the prompt's length. Lines that cannot change any more stay as they are, so that an answer may be longer
+    than the window is high.
+    """
+    plain = "NO_COLOR" in os.environ
+    tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
+    for number, pass_ in enumerate(passes):
+        tokens += [mask] * (pass_.start + len(pass_.tokens) - begin - len(tokens))  # a new block, or drafts
+        if pass_.kind in ("draft", "verify"):
+            del tokens[final:]
+        for kept in pass_.revealed:
+            tokens += [mask] * (kept.position + 1 - begin - len(tokens))
+            tokens[kept.position - begin] = kept.token
+            revealed_by[kept.position - begin] = number
+        final += len(pass_.final)
+        if pass_.finish_reason:
+            tokens = tokens[:final]  # what was guessed behind the end goes again
+        texts = token_texts(tokenizer, [None if t == mask else t for t in tokens], special=False)
+        cells = [(BLANK if text is None else text, revealed_by.get(i)) for i, text in enumerate(texts)]
+        lines = wrapped(cells, shutil.get_terminal_size().columns - 1)
+        drawn = []
+        for line in lines[printed:]:
+            styled = ""
+            for mark, run in itertools.groupby(line, key=lambda cell: cell[1]):
+                text = "".join(character for character, _ in run)
+                colour = 240 if mark is None else RAMP[mark % len(RAMP)]
+                styled += text if plain else f"\x1b[38;5;{colour}m{text}\x1b[0m"
+            drawn.append(styled)
+        up = f"\x1b[{height - 1}A" if height > 1 else ""
+        show(f"{up}\r\x1b[J" * (height > 0) + "\n".join(drawn))
+        sys.stdout.flush()
+        masked = [any(mark is None for _, mark in line) for line in lines]
+        settled = masked.index(True) if True in masked else len(lines) - 1
+        settled = max(0, settled - 1)  # a word of the line before may still grow and move down
+        height = len(lines) - max(printed, settled)
+        printed = max(printed, settled)
+        yield pass_
+        if not pass_.finish_reason:
+            time.sleep(delay)
