@@ -1,17 +1,20 @@
 """What changes speed and never the method: prepacked weights, recorded passes, and training attention.
 
-    model = prepack(load(folder)[0])                            # CPUs: weights in the order that products read
+    model = prepack(load(folder)[0])                            # CPUs: weights in the order of oneDNN's products
     generate(model, prompts, decoding, RecordedPasses(model))   # CUDA: a pass is one launch
 
 `fastdllm.py` never imports this file. Shapes as there.
 """
 
+import shutil
 from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fastdllm import (
     Decoding,
@@ -19,6 +22,7 @@ from fastdllm import (
     Linear,
     Qwen2,
     best_guesses,
+    causal_attention,
     looks_from,
     require,
     round_up,
@@ -31,15 +35,15 @@ from fastdllm import (
 class PrepackedLinear(Linear):
     """A linear layer for inference on a CPU, with its weight in the order in which oneDNN's products read it.
 
-    A plain weight is brought into that order anew in every product, or read in a slower one. A weight of fewer
-    numbers than SMALL_WEIGHT stays in a core's cache, where a product of fewer rows than FEW_ROWS is faster plain:
-    such a weight is kept in both orders.
+    A plain weight is brought into that order anew in every product, or read in a slower one. A weight of
+    fewer numbers than SMALL_WEIGHT stays in a core's cache, where a product of fewer rows than FEW_ROWS is
+    faster plain: such a weight is kept in both orders.
     """
 
     SMALL_WEIGHT, FEW_ROWS = 2**18, 16
 
     def __init__(self, linear: Linear, tied: bool = False):
-        """With `tied` the weight keeps its order, since the embedding needs it so; only the product is oneDNN's."""
+        """With `tied` the weight keeps its order, which the embedding needs; only the product is oneDNN's."""
         nn.Module.__init__(self)
         weight = linear.weight.detach()
         self.plain = weight if weight.numel() < self.SMALL_WEIGHT else None
@@ -57,9 +61,9 @@ class PrepackedLinear(Linear):
 def prepack(model: Qwen2) -> Qwen2:
     """The model, in place, ready to decode faster on a CPU: its linear layers as `PrepackedLinear`.
 
-    It can no longer be trained, saved, copied, moved, or run under autocast. In float32 sums run in another order; in
-    bfloat16 every product that was compared was the same to the bit. Where oneDNN or the dtype is missing, or on
-    another device, the model comes back unchanged.
+    It can no longer be trained, saved, copied, moved, or run under autocast. In float32 sums run in another
+    order; in bfloat16 every product that was compared was the same to the bit. Where oneDNN or the dtype is
+    missing, or on another device, the model comes back unchanged.
     """
     if model.weight.device.type != "cpu" or model.prepacked:
         return model
@@ -90,20 +94,20 @@ class Recorded(NamedTuple):
 
 
 class RecordedPasses:
-    """Passes of static shape, recorded as CUDA graphs and replayed: to the host a pass is a copy and a launch.
+    """Passes of static shape, recorded as CUDA graphs and replayed: for the host a copy and a launch.
 
-    Make one per model and pass it to `decode` or `generate`; it keeps the cache and the graphs from call to call. It
-    serves one decoding at a time, so a service makes one per thread.
+    Make one per model and pass it to `decode` or `generate`; it keeps the cache and the graphs from call to
+    call. It serves one decoding at a time, so a service makes one per thread.
 
-    Why a replay is safe: a graph runs the same kernels on the same addresses. Everything that differs between two
-    passes of a shape (tokens, positions, rows, wanted outputs, random numbers) is copied into input tensors that the
-    graph owns; everything else that it reads, weights and cache, keeps its place for as long as the graph is kept. The
-    cache is made here, and `claim` drops all graphs when it makes a new one. Weights must not be moved or replaced
-    after the first recording; then make a new object.
+    Why a replay is safe: a graph runs the same kernels on the same addresses. Everything that differs between
+    two passes of a shape (tokens, positions, rows, wanted outputs, random numbers) is copied into input
+    tensors that the graph owns; everything else that it reads, weights and cache, keeps its place for as long
+    as the graph is kept. The cache is made here, and `claim` drops all graphs when it makes a new one.
+    Weights must not be moved or replaced after the first recording; then make a new object.
 
-    A shape is the number of rows (a power of 2), the window's width, and the number of slots read (a power of 2 times
-    READ_STEP). Padding rows write to a spare cache row that no prompt uses. With record=False the passes run as they
-    are, on any device, so that their arithmetic can be tested.
+    A shape is the number of rows (a power of 2), the window's width, and the number of slots read (a power of
+    2 times READ_STEP). Padding rows write to a spare cache row that no prompt uses. With record=False the
+    passes run as they are, on any device, so that their arithmetic can be tested.
     """
 
     READ_STEP = 256  # slots
@@ -217,3 +221,192 @@ class RecordedPasses:
             return found
 
         return replay
+
+
+# --- Training attention ---
+# What `train.visibility` says, computed block by block, or by sparse tiles; the dense mask is in train.py.
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`grouped_attention` in plain products, with a bool mask (B or 1, T, S): 5 times as fast backward on CPUs."""
+    B, H, T, d = q.shape
+    K = k.shape[1]  # query heads of one key head are more rows of the same product
+    scores = ((q * d**-0.5).reshape(B, K, -1, d) @ k.transpose(2, 3)).float()
+    if mask is not None:
+        scores = (
+            scores.view(B, K, -1, *mask.shape[1:])
+            .masked_fill(~mask[:, None, None], -torch.inf)
+            .view_as(scores)
+        )
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, T, d)
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clean_mask: Tensor | None,
+    noisy_mask: Tensor | None,
+    length: int,
+    block_size: int,
+    views: int,
+) -> Tensor:
+    """What `train.training_mask` allows, computed block by block, so that few queries meet a key that they
+    cannot see.
+
+    The masks (B or 1, L, L) say what a clean query sees of the clean copy, and what a noisy query sees of it with
+    its own view's block in place of the clean one; None where blocks alone decide. With n blocks this is about
+    (n + 1) / (2 n) / (views + 1) of the dense mask's work.
+    """
+    into_rows = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)
+    noisy_q, noisy_k, noisy_v = (
+        into_rows(x) if views else None for x in (q, k, v)
+    )  # (B * views, heads, L, d)
+    clean_q, clean_k, clean_v = (x[:, :, -length:] for x in (q, k, v))
+    noisy, clean = [], []
+    for start in range(0, length, block_size):
+        own, end = slice(start, start + block_size), start + block_size
+        mask = None if clean_mask is None else clean_mask[:, own, :end]
+        clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end], mask))
+        if views:
+            keys, values = (
+                torch.cat([whole[:, :, :start].repeat_interleave(views, dim=0), part[:, :, own]], dim=2)
+                for part, whole in ((noisy_k, clean_k), (noisy_v, clean_v))
+            )
+            mask = None if noisy_mask is None else noisy_mask[:, own, :end]
+            mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(views, dim=0)
+            noisy.append(plain_attention(noisy_q[:, :, own], keys, values, mask))
+    if views:
+        clean.insert(0, torch.cat(noisy, dim=2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2, 3))
+    return torch.cat(clean, dim=2)
+
+
+@cache
+def compiled_flex() -> Callable:
+    """One kernel for each shape; with and without gradients, views, and the last batch's rows make a dozen of
+    them.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
+    """FlexAttention: tiles of the mask in which nothing is seen are skipped."""
+    kernel = compiled_flex() if q.is_cuda else flex_attention  # not compiled it is a dense reference
+    return kernel(q.to(v.dtype), k.to(v.dtype), v, block_mask=block_mask, enable_gqa=True)
+
+
+def sparse_mask(sees: Callable, rows: int | None, side: int, device: torch.device) -> BlockMask:
+    """A mask `sees(row, head, query, key)` for FlexAttention: tiles that are seen in part, and whole ones.
+
+    rows: None where all rows share it. Tiles are found one row of them at a time: torch's own function writes
+    out the mask of all queries and keys.
+    """
+    tile, index = 128, torch.arange(side, device=device)
+    row = None if rows is None else torch.arange(rows, device=device)[:, None, None]
+    tiles, some, every = -(-side // tile), [], []
+    for queries in index.split(tile):
+        seen = sees(row, None, queries[:, None], index).view(-1, len(queries), side)
+        seen = F.pad(seen, (0, tiles * tile - side, 0, tile - len(queries))).unflatten(2, (tiles, tile))
+        some.append(seen.any(3).any(1))
+        every.append(seen.all(3).all(1))
+    some, every = (torch.stack(parts, dim=1)[:, None] for parts in (some, every))  # (B or 1, 1, tiles, tiles)
+    order = partial(torch.argsort, descending=True, stable=True)  # those that are seen come first
+    listed = lambda which: (which.sum(-1, dtype=torch.int32), order(which.int()).int())
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every), *listed(every), BLOCK_SIZE=tile, mask_mod=sees, seq_lengths=(side, side)
+    )
+
+
+# --- Int8 training ---
+# Where only an adapter trains, products with frozen weights may be rounded, and so may the gradients that
+# pass through them: CPUs multiply int8 several times as fast as float32 or bfloat16. Scales are per position
+# and per channel. The adapter's own products, and all of those at known tokens, stay exact.
+
+
+def to_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x (N, K) as int8, and what to multiply them with, (N, 1)."""
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
+    return (x * (1 / scale)).round().to(torch.int8), scale
+
+
+def balanced_levels(x: Tensor, balance: Tensor) -> tuple[Tensor, Tensor]:
+    return to_levels(x * balance)
+
+
+def from_levels(y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return y.float() * rows * columns
+
+
+if shutil.which("g++"):  # else they run as they are, several times as slow
+    to_levels_fast, balanced_levels, from_levels = (
+        torch.compile(f, dynamic=True) for f in (to_levels, balanced_levels, from_levels)
+    )
+else:
+    to_levels_fast = to_levels
+
+
+class Int8Product(torch.autograd.Function):
+    """x W^T in int8, and in its backward pass dy W; W has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, linear):
+        ctx.linear = linear
+        levels, scale = balanced_levels(x.flatten(0, -2), linear.balance)
+        return from_levels(torch._int_mm(levels, linear.levels.t()), scale, linear.scale).view(
+            *x.shape[:-1], -1
+        )
+
+    @staticmethod
+    def backward(ctx, dy):
+        linear = ctx.linear
+        levels, scale = to_levels_fast(dy.flatten(0, -2))
+        dx = from_levels(torch._int_mm(levels, linear.back_levels.t()), scale, linear.back_scale)
+        return dx.view(*dy.shape[:-1], -1), None
+
+
+class Int8Linear(Linear):
+    """A frozen linear layer whose product is int8 where an adapter is on; elsewhere it is exact."""
+
+    def __init__(self, linear: Linear, largest: Tensor):
+        """largest (K): each channel's largest input, relative to its position's largest.
+
+        Channels of large inputs are shrunk and their weights grow, so that both round well (SmoothQuant).
+        """
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.adapter = linear.weight, linear.bias, linear.adapter
+        weight = linear.weight.detach().float()
+        root = (largest.clamp_min(1e-5) / weight.abs().amax(dim=0).clamp_min(1e-5)).sqrt()
+        self.balance = 1 / root
+        self.levels, scale = to_levels(weight * root)
+        self.back_levels, back_scale = to_levels(weight.t().contiguous())
+        self.scale, self.back_scale = scale.flatten(), back_scale.flatten()
+
+    def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
+        if masked is None:
+            return F.linear(x, self.weight, self.bias)
+        y = Int8Product.apply(x, self)
+        y = y if self.bias is None else y + self.bias
+        return y + masked * self.adapter(x)
+
+
+@torch.no_grad()
+def to_int8(model: Qwen2, documents: list[Tensor]) -> None:
+    """Make the layers of a frozen model `Int8Linear`, in place; documents (T) show what inputs they get."""
+    largest = {}
+
+    def look(layer, inputs):
+        x = inputs[0].flatten(0, -2)
+        now = (x / x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)).abs().amax(dim=0)
+        largest[layer] = torch.maximum(largest.get(layer, now), now)
+
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, Linear)]
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    for tokens in documents:
+        model(tokens[None], torch.arange(len(tokens))[None], causal_attention)
+    for hook in hooks:
+        hook.remove()
+    for parent in list(model.model.layers.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Linear):
+                setattr(parent, name, Int8Linear(child, largest[child]))

@@ -1061,7 +1061,7 @@ def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
         require(got == i, f"{folder}: {what} is listed as id {i} but becomes {got}.")
     # a chat template differs from plain ChatML only in its default system message
     template = str(settings.get("chat_template") or files.get("chat_template.jinja", b"").decode())
-    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{<]+)<\|im_end\|>", template)
+    match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{<']+)<\|im_end\|>", template)
     system = match[1] if match else None if template else "You are a helpful assistant."
     return Tokenizer(encoder, system, files)
 

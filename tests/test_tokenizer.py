@@ -66,6 +66,8 @@ def test_stream_ends_with_bytes_that_never_became_a_character(tokenizer):
 
 @pytest.mark.parametrize("template, system", [
     ("{{ '<|im_start|>system\\nYou are Qwen. You are kind.<|im_end|>\\n' }}", "You are Qwen. You are kind."),
+    ("{%- if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+     "{%- else %}{{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{%- endif %}", "You are Qwen."),
     ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% endfor %}", None),
     (None, "You are a helpful assistant."),
 ])  # fmt: skip

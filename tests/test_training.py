@@ -18,8 +18,20 @@ from click.testing import CliRunner
 from conftest import ROOT, golden
 from torch.nn.attention.flex_attention import create_block_mask
 
+import fast
 import train
-from fastdllm import CAUSAL, InputError, KVCache, Qwen2, attention, load, load_tokenizer, save
+from fastdllm import (
+    InputError,
+    KVCache,
+    Qwen2,
+    attention_bias,
+    causal_attention,
+    grouped_attention,
+    load,
+    load_tokenizer,
+    run_window,
+    save,
+)
 from train import (
     Batch,
     Corpus,
@@ -62,6 +74,13 @@ def masked_of(case):
     return trainable & (torch.tensor(case["u"]).view(trainable.shape) < 0.999 * t + 0.001)
 
 
+def dense(model, length, size):
+    """The dense training mask of one view as an `attend`."""
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    bias = attention_bias(training_mask(length, size)[None], groups, torch.float32)
+    return lambda layer, *qkv: grouped_attention(*qkv, bias)
+
+
 # --- Mask ---
 
 
@@ -85,14 +104,17 @@ PACKED = torch.tensor([[1] * 64 + [2] * 32 + [3] * 64, [1] * 96 + [2] * 64])  # 
 @pytest.mark.parametrize("documents", [None, PACKED], ids=["one document", "packed"])
 @pytest.mark.parametrize("views, size", [(0, 1), (1, 32), (2, 32), (2, 8)])
 @pytest.mark.parametrize("kind", ["blockwise", "sparse"])
-def test_every_attention_equals_the_dense_mask_forward_and_backward(rng, device, kind, views, size, documents):
+@pytest.mark.parametrize("clean", ["block", "causal"])
+def test_every_attention_equals_the_dense_mask_forward_and_backward(
+    rng, device, kind, views, size, documents, clean
+):
     L, results = 160, []  # tiles of 128 are larger than a block, and do not divide the length
     backward = kind != "sparse" or device == "cuda"  # FlexAttention has no backward pass on CPUs
     documents = documents if documents is None else documents.to(device)
     data = [torch.randn(2, heads, (views + 1) * L, 16, generator=rng).to(device) for heads in (6, 2, 2)]
     for way in ("dense", kind):
         qkv = [x.clone().requires_grad_(backward) for x in data]
-        y = attention(*qkv, training_attention(way, L, size, views, documents, torch.device(device)))
+        y = training_attention(way, L, size, views, documents, torch.device(device), clean)(0, *qkv)
         if backward:
             y.sin().sum().backward()
         results.append([y, *(x.grad for x in qkv if backward)])
@@ -104,9 +126,10 @@ def test_every_attention_equals_the_dense_mask_forward_and_backward(rng, device,
     "length, size, views, documents", [(160, 32, 2, PACKED), (600, 8, 1, None), (512, 256, 0, None)]
 )
 def test_sparse_attention_runs_the_tiles_in_which_something_is_seen(length, size, views, documents):
-    mask = training_attention("sparse", length, size, views, documents, torch.device("cpu")).keywords["block_mask"]
     rows, side = None if documents is None else len(documents), (views + 1) * length
-    expected = create_block_mask(visibility(length, size, views, documents), rows, None, side, side, device="cpu")
+    sees = visibility(length, size, views, documents)
+    mask = fast.sparse_mask(sees, rows, side, torch.device("cpu"))
+    expected = create_block_mask(sees, rows, None, side, side, device="cpu")
     for tiles in "kv", "full_kv":  # seen in part, and as a whole
         counts, indices = (getattr(mask, f"{tiles}_{part}") for part in ("num_blocks", "indices"))
         assert torch.equal(counts, getattr(expected, f"{tiles}_num_blocks"))
@@ -114,7 +137,7 @@ def test_sparse_attention_runs_the_tiles_in_which_something_is_seen(length, size
 
 
 def test_sparse_attention_skips_most_tiles():
-    long = training_attention("sparse", 2048, 32, 2, None, torch.device("cpu")).keywords["block_mask"]
+    long = fast.sparse_mask(visibility(2048, 32, 2), None, 3 * 2048, torch.device("cpu"))
     assert long.sparsity() > 70  # percent
 
 
@@ -123,9 +146,11 @@ def test_flex_attention_can_be_traced_in_a_recomputed_step_and_has_the_dense_gra
     trainable_models, rng, monkeypatch, compute, tolerance
 ):
     """The step as CUDA runs it, traced by torch.compile with its backward pass, but executed by plain products."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)  # CPUs: forward only
-    traced = torch.compile(train.flex_attention, dynamic=False, backend="aot_eager")
-    monkeypatch.setattr(train, "flex_attention", traced)
+    monkeypatch.setattr(
+        "torch.nn.attention.flex_attention._validate_device", lambda *qkv: None
+    )  # CPUs: forward only
+    traced = torch.compile(fast.flex_attention, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(fast, "flex_attention", traced)
     attentions, results = training_attention, []
     tokens, trainable = example(rng, L=96)
     documents = torch.tensor([[1] * 64 + [2] * 32, [1] * 32 + [2] * 64])
@@ -134,8 +159,10 @@ def test_flex_attention_can_be_traced_in_a_recomputed_step_and_has_the_dense_gra
         monkeypatch.setattr(train, "training_attention", lambda _, *rest, kind=kind: attentions(kind, *rest))
         model = copy.deepcopy(next(iter(trainable_models.values())))
         model.config = replace(model.config, block_size=32)
-        step = train.distribute(train.Objective(model, True, compute), "ddp", recompute=True)
-        losses = [step(loss, Batch(tokens, trainable, documents, masked))[0] for loss in ("diffusion", "ar")]
+        kinds = ["diffusion", "ar"]
+        step = train.distribute(train.Objective(model, True, "block", kinds, compute), "ddp", recompute=True)
+        found = step(Batch(tokens, trainable, documents, masked))
+        losses = [found[kind][0] for kind in kinds]
         sum(losses).backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters()}
         results.append((torch.stack(losses).detach(), gradients))
@@ -145,10 +172,10 @@ def test_flex_attention_can_be_traced_in_a_recomputed_step_and_has_the_dense_gra
         assert (sparse[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
-def test_the_dense_mask_has_the_form_that_grouped_heads_need():
-    for documents, rows in (None, 1), (PACKED, 2):
-        mask = training_attention("dense", 160, 32, 2, documents, torch.device("cpu"))
-        assert mask.shape == (rows, 1, 480, 480)
+def test_a_causal_clean_copy_sees_no_later_position_and_views_see_whole_blocks_of_it():
+    mask, whole = training_mask(12, 4, 1, clean="causal"), training_mask(12, 4)
+    assert torch.equal(mask[12:, 12:], torch.ones(12, 12, dtype=torch.bool).tril())
+    assert torch.equal(mask[:12], whole[:12]) and not mask[12:, :12].any()
 
 
 def test_documents_see_only_themselves():
@@ -166,7 +193,9 @@ def test_noise_masks_only_trainable_positions_with_the_papers_probability():
     masked = complementary_noise(trainable, 32, rng)
     assert not masked[:, :20].any()
     assert masked[:, 20:].float().mean().item() == pytest.approx(0.999 * 0.5 + 0.001, abs=0.01)
-    share = masked[:, 32:].float().mean(dim=1)  # of a whole block: uniform, so the quarters are equally likely
+    share = (
+        masked[:, 32:].float().mean(dim=1)
+    )  # of a whole block: uniform, so the quarters are equally likely
     for low in (0, 0.25, 0.5, 0.75):
         assert ((share >= low) & (share < low + 0.25)).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
@@ -231,7 +260,9 @@ def test_every_trainable_token_is_a_target_exactly_once(trainable_models, rng, m
     assert seen[0].sort().values.tolist() == tokens[trainable].tolist()
     everything = torch.ones_like(trainable)
     training_loss(model, tokens, everything, masked=complementary_noise(everything, 8, rng))
-    assert seen[1].sort().values.tolist() == tokens[:, 1:].flatten().tolist()  # position 0 is nobody's next token
+    assert (
+        seen[1].sort().values.tolist() == tokens[:, 1:].flatten().tolist()
+    )  # position 0 is nobody's next token
 
 
 def test_no_targets_give_a_loss_of_0(trainable_models, rng):
@@ -246,7 +277,7 @@ def test_one_clean_copy_for_two_views_equals_two_passes_of_view_and_clean(traina
     total = 0
     for view in (masked, trainable & ~masked):
         noisy = tokens.masked_fill(view, model.config.mask_token_id)
-        hidden = model(torch.cat([noisy, tokens], 1), torch.arange(L).repeat(2)[None], training_mask(L, size))
+        hidden = model(torch.cat([noisy, tokens], 1), torch.arange(L).repeat(2)[None], dense(model, L, size))
         logits = model.logits(hidden[:, : L - 1])[view[:, 1:]]
         total = total + F.cross_entropy(logits, tokens[:, 1:][view[:, 1:]], reduction="sum")
     expected = total / trainable[:, 1:].sum()
@@ -264,12 +295,12 @@ def test_training_forward_equals_the_windows_of_decoding(golden_models, rng):
     model, size, L = golden_models["tied"], 8, 24
     tokens = torch.randint(0, 280, (1, L), generator=rng)
     noisy = tokens.masked_fill(torch.rand(1, L, generator=rng) < 0.5, model.config.mask_token_id)
-    trained = model(torch.cat([noisy, tokens], 1), torch.arange(L).repeat(2)[None], training_mask(L, size))
+    trained = model(torch.cat([noisy, tokens], 1), torch.arange(L).repeat(2)[None], dense(model, L, size))
     cache = KVCache(model.config, 1, L, model.lm_head.weight)
     for start in range(0, L, size):
         block = slice(start, start + size)
-        denoised = model.window(noisy[:, block], [start], cache, size)
-        committed = model.window(tokens[:, block], [start], cache, size)
+        denoised = run_window(model, noisy[:, block], [start], cache, size)
+        committed = run_window(model, tokens[:, block], [start], cache, size)
         torch.testing.assert_close(denoised, trained[:, :L][:, block], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(committed, trained[:, L:][:, block], atol=1e-4, rtol=1e-4)
 
@@ -294,7 +325,7 @@ def test_rows_that_are_no_whole_blocks_and_models_without_masks_are_refused(trai
 def test_causal_loss_is_next_token_cross_entropy(trainable_models, rng):
     model = trainable_models["untied"]
     tokens, trainable = example(rng)
-    logits = model.logits(model(tokens, torch.arange(24)[None], CAUSAL))[:, :-1]
+    logits = model.logits(model(tokens, torch.arange(24)[None], causal_attention))[:, :-1]
     labels = tokens[:, 1:].masked_fill(~trainable[:, 1:], -100)
     torch.testing.assert_close(
         causal_loss(model, tokens, trainable), F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -328,10 +359,20 @@ def test_a_conversation_begins_once_and_an_unanswered_question_is_left_out(shipp
 def test_text_trains_whole_and_ends_with_its_end_token(tmp_path, shipped):
     (tmp_path / "data.jsonl").write_text('{"text": "Mia has 3 books."}\n')
     [(tokens, trainable)] = read_documents(tmp_path / "data.jsonl", shipped[1])
-    assert shipped[1].decode(tokens, skip_special_tokens=False) == "Mia has 3 books.<|endoftext|>" and all(trainable)
+    assert shipped[1].decode(tokens, skip_special_tokens=False) == "Mia has 3 books.<|endoftext|>" and all(
+        trainable
+    )
 
 
-BROKEN = ["{", "[]", '{"messages": 3}', '{"question": "?"}', '{"text": 3}', '{"messages": [{"role": "user"}]}', "\xff"]
+BROKEN = [
+    "{",
+    "[]",
+    '{"messages": 3}',
+    '{"question": "?"}',
+    '{"text": 3}',
+    '{"messages": [{"role": "user"}]}',
+    "\xff",
+]
 BROKEN += [
     '{"text": "|<MASK>|"}',
     '{"question": "?", "answer": null}',
@@ -352,7 +393,9 @@ def test_a_broken_line_is_named_and_refused_or_skipped(tmp_path, shipped, capsys
 
 
 def prepared(tmp_path, tokenizer, count=40):
-    lines = [json.dumps({"question": f"{n} and {n}?" * (n % 5 + 1), "answer": f"{n + n}"}) for n in range(count)]
+    lines = [
+        json.dumps({"question": f"{n} and {n}?" * (n % 5 + 1), "answer": f"{n + n}"}) for n in range(count)
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     return Corpus.prepare(tmp_path / "data.jsonl", tokenizer, tmp_path / "tokens")
 
@@ -418,7 +461,9 @@ def test_original_packing_pads_every_document_cuts_at_rows_and_drops_the_rest():
 
 def test_rows_are_laid_out_padded_with_masks_that_do_not_train(tmp_path, shipped):
     corpus = prepared(tmp_path, shipped[1])
-    [row] = [row for row in pack(corpus.lengths, 96, 32, "documents", np.random.default_rng(0)) if len(row) == 3][:1]
+    [row] = [
+        row for row in pack(corpus.lengths, 96, 32, "documents", np.random.default_rng(0)) if len(row) == 3
+    ][:1]
     batch = lay_out(corpus, [row], 96, 7, apart=True)
     assert batch.documents[0].tolist() == [1] * 32 + [2] * 32 + [3] * 32
     for n, (document, start, stop) in enumerate(row):
@@ -479,7 +524,14 @@ def trainer(tmp_path, shipped):
     corpus = prepared(tmp_path, shipped[1])
 
     def make(device="cpu", **how):
-        how = {"seq_len": 64, "batch_size": 4, "compute": "float32", "steps": 3, "lr": 1e-3, "warmup": 0} | how
+        how = {
+            "seq_len": 64,
+            "batch_size": 4,
+            "compute": "float32",
+            "steps": 3,
+            "lr": 1e-3,
+            "warmup": 0,
+        } | how
         model = load(ROOT / "tiny" / "checkpoint", device)[0]
         return Trainer({"diffusion": 1.0, "ar": 0.5}, model, corpus, corpus, Training(**how))
 
@@ -530,7 +582,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(trainer
     trainer(save_every=1, steps=2).run(tmp_path)
     run = trainer(save_every=1, steps=5)
     run.objective.model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(InputError, match=r"step 3: .*documents \d+.*step-0000002"):
+    with pytest.raises(InputError, match=r"step 3: .*NaN.*documents \d+.*step-0000002"):
         run.run(tmp_path)
     assert [path.name for path in train.checkpoints(tmp_path)] == ["step-0000001", "step-0000002"]
 
@@ -539,7 +591,10 @@ def test_held_out_data_is_looked_at_and_checkpoints_are_few(trainer, tmp_path):
     trainer(steps=4, save_every=1, eval_every=2, keep=2).run(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert [step for step, record in enumerate(records, 1) if "heldout_diffusion_accuracy" in record] == [2, 4]
+    assert [step for step, record in enumerate(records, 1) if "heldout_diffusion_accuracy" in record] == [
+        2,
+        4,
+    ]
     assert records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
     assert [path.name for path in train.checkpoints(tmp_path)] == ["step-0000003", "step-0000004"]
 
@@ -560,7 +615,9 @@ def test_a_tokenizer_without_mask_gets_it_as_its_first_free_id(tmp_path, shipped
         settings = {"added_tokens_decoder": {token["id"]: token for token in added}}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     elif form == "added_tokens.json":
-        (tmp_path / "added_tokens.json").write_text(json.dumps({token["content"]: token["id"] for token in added}))
+        (tmp_path / "added_tokens.json").write_text(
+            json.dumps({token["content"]: token["id"] for token in added})
+        )
     plain = load_tokenizer(tmp_path)
     first = len(plain)
     masked = with_mask_token(plain, model.config.vocab_size)
@@ -582,7 +639,12 @@ def command(tmp_path, objective, **options):
         problems = [json.dumps({"question": f"{n} and {n}?", "answer": f"{n + n}"}) for n in range(40)]
         (tmp_path / "data.jsonl").write_text("\n".join(problems) + "\n")
     options = {
-        **{"model": ROOT / "tiny" / "checkpoint", "data": tmp_path / "data.jsonl", "seq-len": 64, "warmup": 4},
+        **{
+            "model": ROOT / "tiny" / "checkpoint",
+            "data": tmp_path / "data.jsonl",
+            "seq-len": 64,
+            "warmup": 4,
+        },
         **{"steps": 12, "batch-size": 4, "lr": 1e-3, "save-every": 1, "threads": 1, "device": "cpu"},
     } | options
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -615,7 +677,14 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, objective
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(tmp_path, parallel):
-    options = {"steps": 3, "batch-size": 8, "micro-batch": 2, "ar-weight": 0.5, "compute": "float32", "lr": 1e-4}
+    options = {
+        "steps": 3,
+        "batch-size": 8,
+        "micro-batch": 2,
+        "ar-weight": 0.5,
+        "compute": "float32",
+        "lr": 1e-4,
+    }
     options |= {"parallel": parallel, "heldout": tmp_path / "data.jsonl"}
     single = [sys.executable, *command(tmp_path, "adapt", out=tmp_path / "one", **options)]
     several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -659,7 +728,9 @@ def test_a_folder_with_another_run_or_a_damaged_checkpoint_is_refused(tmp_path):
     for part in train.checkpoints(out)[-1].glob("*.distcp"):
         part.unlink()
     damaged = run(steps=4)
-    assert damaged.returncode == 2 and "cannot be read" in damaged.stderr and "Traceback" not in damaged.stderr
+    assert (
+        damaged.returncode == 2 and "cannot be read" in damaged.stderr and "Traceback" not in damaged.stderr
+    )
     with open(tmp_path / "data.jsonl", "a") as file:
         file.write('{"question": "1?", "answer": "1"}\n')
     other = run(steps=4)
@@ -669,7 +740,9 @@ def test_a_folder_with_another_run_or_a_damaged_checkpoint_is_refused(tmp_path):
 def test_a_cosine_ends_where_its_steps_end(tmp_path):
     flags = command(tmp_path, "adapt", out=tmp_path / "out", schedule="cosine", steps=1)[1:]
     assert CliRunner().invoke(train.main, flags).exit_code == 0
-    longer = CliRunner().invoke(train.main, [*flags, "--steps", "2"])  # its rates would be others from the start
+    longer = CliRunner().invoke(
+        train.main, [*flags, "--steps", "2"]
+    )  # its rates would be others from the start
     assert longer.exit_code == 2 and "holds a run with steps 1, not 2" in longer.output
 
 
@@ -693,7 +766,9 @@ def test_bad_input_is_one_sentence(tmp_path, options, sentence):
 
 
 def test_show_prints_a_row_as_it_trains():
-    run = subprocess.run([sys.executable, ROOT / "train.py", "show"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "train.py", "show"], capture_output=True, text=True, check=True
+    )
     table = [line.split() for line in run.stdout.splitlines() if "output" in line and "of view" in line]
     assert table
     for position, output in ((line[0], line[line.index("output") + 1]) for line in table):
@@ -713,4 +788,10 @@ def test_presets_are_the_papers_and_options_override_them(monkeypatch):
     monkeypatch.setattr(train, "train", lambda objective, **given: seen.update(given))
     flags = ["--model", "m", "--data", str(ROOT / "train.py"), "--out", "o", "--preset", "7b", "--steps", "7"]
     CliRunner().invoke(train.main, ["adapt", *flags], catch_exceptions=False)
-    assert (seen["lr"], seen["steps"], seen["batch_size"], seen["seq_len"], seen["warmup"]) == (1e-5, 7, 256, 2048, 500)
+    assert (seen["lr"], seen["steps"], seen["batch_size"], seen["seq_len"], seen["warmup"]) == (
+        1e-5,
+        7,
+        256,
+        2048,
+        500,
+    )

@@ -1,0 +1,327 @@
+"""The draft adapter: what trains, what a group of masks sees, and that known tokens never meet it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+
+import train
+import train as drafts
+from fastdllm import (
+    InputError,
+    KVCache,
+    adapted_layers,
+    adapter_tensors,
+    add_adapter,
+    base_digest,
+    causal_attention,
+    load,
+    load_adapter,
+    run_window,
+    save_adapter,
+)
+from train import Drafting, DraftTrainer, Known, draft, draft_loss, draft_targets, simulate
+
+WIDTH = 4
+SCRIPT = str(ROOT / "train.py")  # train.py, once it is in there
+
+
+@pytest.fixture
+def adapted(folders):
+    """A golden model with a random adapter."""
+    model = load(folders["tied"], "cpu")[0]
+    add_adapter(model, 4, 8.0)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in adapter_tensors(model).values():
+        tensor.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def corpus(count=6, length=30, vocab=280):
+    """Documents of a prompt of 6 tokens and an answer."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, count * length).astype(np.uint16)
+    trainable = np.tile(np.arange(length) >= 6, count)
+    return train.Corpus(tokens, trainable, np.arange(count + 1) * length)
+
+
+def positions(tokens):
+    return torch.arange(tokens.shape[1])[None]
+
+
+# --- The adapter ---
+
+
+def test_known_tokens_never_meet_the_adapter(adapted, folders):
+    tokens = torch.randint(0, 280, (2, 20))
+    plain = load(folders["tied"], "cpu")[0]
+    expected = plain(tokens, positions(tokens), causal_attention)
+    masked = torch.zeros(2, 20, 1, dtype=torch.bool)
+    masked[:, 15:] = True
+    for where in (None, torch.zeros_like(masked)):
+        assert torch.equal(adapted(tokens, positions(tokens), causal_attention, where), expected)
+    got = adapted(tokens, positions(tokens), causal_attention, masked)
+    assert torch.equal(got[:, :15], expected[:, :15])
+    assert not torch.allclose(got[:, 15:], expected[:, 15:])
+
+
+def test_a_saved_adapter_loads_as_it_was_under_pefts_names(adapted, folders, tmp_path):
+    adapted.config = replace(adapted.config, draft_width=WIDTH)
+    save_adapter(adapted, tmp_path, 8.0, "some/base", base_digest(adapted))
+    model = load(folders["tied"], "cpu", "bfloat16")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, tmp_path)
+    assert model.config.draft_width == WIDTH
+    tensors = adapter_tensors(model)
+    for name, tensor in adapter_tensors(adapted).items():
+        assert torch.equal(tensors[name], tensor.bfloat16())
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    assert tensors[name].shape == (4, 208)
+    assert not any("adapter" in name or "mask_row" in name for name in model.state_dict())
+
+
+def test_an_adapter_gives_a_plain_base_its_mask(adapted, folders, tmp_path):
+    save_adapter(adapted, tmp_path, 8.0, "some/base", base_digest(adapted))
+    model = load(folders["tied"], "cpu")[0]
+    model.config = replace(model.config, mask_token_id=None)
+    assert load_adapter(model, tmp_path).config.mask_token_id == 285
+
+
+def test_other_weights_are_a_warning(adapted, folders, tmp_path):
+    save_adapter(adapted, tmp_path, 8.0, "some/base", "of something else")
+    with pytest.warns(UserWarning, match="other weights.*some/base"):
+        load_adapter(load(folders["tied"], "cpu")[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"r": 3}, "does not fit"),
+        ({"r": "4"}, "needs r"),
+        ({"masks_only": False}, "no adapter that is on at masks only"),
+        ({"trainable_token_indices": [7]}, "its mask is id 7"),
+        ({"trainable_token_indices": None}, "one id"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_one_sentence_and_changes_nothing(
+    adapted, folders, tmp_path, change, sentence
+):
+    save_adapter(adapted, tmp_path, 8.0, "some/base", base_digest(adapted))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    model = load(folders["tied"], "cpu")[0]
+    with pytest.raises(InputError, match=sentence):
+        load_adapter(model, tmp_path)
+    assert model.mask_row is None and not any(layer.adapter for layer in adapted_layers(model).values())
+
+
+def test_an_adapter_of_another_shape_and_a_rank_beyond_the_layers_are_refused(adapted, folders, tmp_path):
+    save_adapter(adapted, tmp_path, 8.0, "some/base", base_digest(adapted))
+    other = load(folders["untied"], "cpu")[0]
+    other.config = replace(other.config, mask_token_id=285)
+    with pytest.raises(InputError, match="does not fit"):
+        load_adapter(other, tmp_path)
+    with pytest.raises(InputError, match="allow 1 to 32"):
+        add_adapter(adapted, 97, 8.0)
+    with pytest.raises(InputError, match="adapter_config.json is missing"):
+        load_adapter(other, folders["tied"])
+
+
+# --- Groups ---
+
+
+def test_a_group_sees_the_known_tokens_up_to_its_anchor_and_itself_as_in_decoding(adapted):
+    known = Known(adapted, corpus(), 1e9)
+    known_floats = lambda document: drafts.known_pass(adapted, known.tokens(document))
+    anchors = torch.tensor([[5, 9, 20], [7, 6, 13]])
+    got = draft(adapted, [known_floats(0), known_floats(3)], anchors, WIDTH)
+    for row, document in enumerate((0, 3)):
+        for group, anchor in enumerate(anchors[row].tolist()):
+            masks = torch.full((WIDTH,), adapted.config.mask_token_id)
+            window = torch.cat([known.tokens(document)[: anchor + 1], masks])[None]
+            cache = KVCache(adapted.config, 1, window.shape[1], adapted.weight)
+            hidden = run_window(adapted, window, [0], cache, 1, has_masks=True)
+            torch.testing.assert_close(got[row, group], hidden[0, -WIDTH:], atol=1e-4, rtol=1e-4)
+
+
+def test_targets_are_two_to_w_plus_one_behind_the_anchor_and_end_with_the_document():
+    tokens = torch.arange(100, 110)
+    got = draft_targets(tokens, torch.tensor([3, 6]), WIDTH)
+    assert got.tolist() == [[105, 106, 107, 108], [108, 109, -1, -1]]
+
+
+def test_every_anchor_is_drawn_once_an_epoch_the_prompts_last_token_too():
+    rows = drafts.endless_groups(corpus(count=3), 3, WIDTH, 0)
+    pieces = [piece for _, row in zip(range(24), rows) for piece in row]  # 22 anchors a document, 8 rows of 3
+    assert {start - 1 for _, start, _ in pieces} == set(range(5, 28))
+    assert len(set(pieces)) == 3 * 23 and len(pieces) == 72
+
+
+def test_the_loss_over_the_whole_vocabulary_is_the_weighted_cross_entropy(adapted):
+    hidden = torch.randn(2, 1, WIDTH, 96)
+    targets = torch.tensor([[[3, 4, 3, 9]], [[9, 4, -1, -1]]])
+    ids, others = torch.arange(20), torch.arange(20, adapted.config.vocab_size)
+    loss, weight, _ = draft_loss(adapted, hidden, targets, ids, others, 0.5)
+    log_p = adapted.logits(hidden).log_softmax(-1)
+    expected = -sum(
+        0.5**j * log_p[row, 0, j, targets[row, 0, j]]
+        for row, j in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    )
+    assert weight == 1.875 + 1.5
+    torch.testing.assert_close(loss, expected)
+
+
+def test_sampled_others_are_weighted_as_the_whole_rest(adapted):
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(1, 1, 1, 96) / 50, torch.tensor([[[3]]])
+    ids, rest = torch.arange(20), torch.arange(20, adapted.config.vocab_size)
+    whole = draft_loss(adapted, hidden, targets, ids, rest, 1.0)[0].item()
+    sampled = [
+        draft_loss(adapted, hidden, targets, ids, rest[torch.randperm(len(rest))[:60]], 1.0)[0].item()
+        for _ in range(100)
+    ]
+    assert np.mean(sampled) == pytest.approx(whole, abs=0.02)
+
+
+# --- Training ---
+
+
+def trainer(folders, variant="tied", **how):
+    model = load(folders[variant], "cpu")[0]
+    how = {
+        "rank": 4,
+        "width": WIDTH,
+        "batch_size": 4,
+        "anchors": 3,
+        "warmup": 0,
+        "others": 50,
+        "int8": False,
+    } | how
+    return DraftTrainer(model, corpus(), corpus(), Drafting(**how))
+
+
+def step(trainer, number=0):
+    rows = [row for _, row in zip(range(4), trainer.rows(trainer.corpus, 0))]
+    losses = trainer.step(trainer.batch(trainer.corpus, rows, number, 0))
+    gradient = torch.cat([p.grad.flatten() for p in trainer.objective.parameters()])
+    return losses, gradient
+
+
+def test_only_the_adapter_has_gradients(folders):
+    made = trainer(folders)
+    step(made)
+    assert [name for name, p in made.model.named_parameters() if p.grad is not None] == []
+    assert made.objective.mask_row.grad.abs().sum() > 0
+    for low_rank in made.objective.layers:
+        assert low_rank.B.grad.abs().sum() > 0
+        assert low_rank.A.grad.abs().sum() == 0  # B begins as zeros
+        low_rank.B.data.normal_(0, 0.1)
+    made.optimizer.zero_grad()
+    step(made)
+    assert all(low_rank.A.grad.abs().sum() > 0 for low_rank in made.objective.layers)
+
+
+def test_kept_keys_and_values_change_nothing(folders):
+    kept, anew = trainer(folders), trainer(folders, cache_gb=0.0)
+    for number in range(2):
+        losses, gradient = step(kept, number)
+        other_losses, other = step(anew, number)
+        assert losses == other_losses and torch.equal(gradient, other)
+    assert kept.known.kept and not anew.known.kept
+
+
+def test_int8_products_give_nearly_the_same_gradient_and_exact_known_tokens(folders):
+    exact, rounded = trainer(folders), trainer(folders, int8=True)
+    for made in (exact, rounded):
+        generator = torch.Generator().manual_seed(1)
+        for low_rank in made.objective.layers:
+            low_rank.B.data.normal_(0, 0.05, generator=generator)
+    losses, gradient = step(exact)
+    other_losses, other = step(rounded)
+    assert other_losses["draft_loss"] == pytest.approx(losses["draft_loss"], rel=0.02)
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.97
+    assert torch.equal(exact.known[2], rounded.known[2])
+
+
+def test_simulation_counts_the_cycles_of_a_draft_that_is_always_or_never_right(folders, monkeypatch):
+    made = trainer(folders)
+    monkeypatch.setattr(drafts, "draft_targets", lambda tokens, anchors, width: torch.full((1, width), -1))
+    assert simulate(made.model, made.known_heldout, [0], WIDTH) == {0: 12}  # 24 answer tokens, 2 a cycle
+    guess = made.model.logits(torch.zeros(1, made.model.config.hidden_size)).argmax()
+    monkeypatch.setattr(drafts, "draft", lambda *_: torch.zeros(1, 1, WIDTH, made.model.config.hidden_size))
+    monkeypatch.setattr(drafts, "draft_targets", lambda *_: torch.full((1, WIDTH), int(guess)))
+    assert simulate(made.model, made.known_heldout, [0], WIDTH) == {4: 4}
+
+
+def command(tmp_path, **options):
+    if not (tmp_path / "own.jsonl").exists():
+        lines = [
+            {"prompt": f"{n} and {n}?", "text": "", "token_ids": [n, n + 1, n, n + 2, 9, 8]}
+            for n in range(12)
+        ]
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {
+        **{"model": ROOT / "tiny" / "checkpoint", "data": tmp_path / "own.jsonl", "rank": 2, "width": 3},
+        **{"steps": 8, "batch-size": 4, "anchors": 2, "save-every": 1, "threads": 1, "device": "cpu"},
+    } | options
+    return ["draft", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def test_answers_that_generate_wrote_are_read_token_by_token(tmp_path, shipped):
+    command(tmp_path)
+    [(tokens, trainable), *_] = train.read_documents(tmp_path / "own.jsonl", shipped[1])
+    prompt = shipped[1].chat([{"role": "user", "content": "0 and 0?"}])
+    assert tokens == [*prompt, 0, 1, 0, 2, 9, 8] and trainable == [False] * len(prompt) + [True] * 6
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path):
+    line = [sys.executable, SCRIPT, *command(tmp_path, heldout=tmp_path / "own.jsonl")]
+    whole, killed = ([*line, "--out", str(tmp_path / name), "--no-int8"] for name in ("whole", "killed"))
+    subprocess.run(whole, check=True, capture_output=True, cwd=ROOT)
+    run = subprocess.Popen(killed, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while run.poll() is None and not train.checkpoints(tmp_path / "killed"):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "killed" / "adapter_config.json").exists()
+    subprocess.run(killed, check=True, capture_output=True, cwd=ROOT)
+    first, second = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")
+    )
+    assert first == second
+
+
+def test_two_processes_train_like_one(tmp_path):
+    arguments = command(tmp_path, steps=3, heldout=tmp_path / "own.jsonl")
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        line = [sys.executable, *start, SCRIPT, *arguments, "--out", str(tmp_path / name), "--no-int8"]
+        subprocess.run(
+            line, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT
+        )
+    records = [
+        [json.loads(record) for record in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for one, two in zip(*records, strict=True):
+        assert two["draft_loss"] == pytest.approx(one["draft_loss"], rel=1e-4)
+        assert two.get("heldout_kept") == one.get("heldout_kept")
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [({"rank": 10**4}, "allow 1 to"), ({"batch-size": 0}, "--batch-size"), ({"model": "no"}, "no")],
+)
+def test_bad_input_is_one_sentence(tmp_path, options, sentence):
+    result = CliRunner().invoke(train.main, [*command(tmp_path, **options), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and sentence in result.output and "Traceback" not in result.output
