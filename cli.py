@@ -4,6 +4,7 @@ import errno
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -16,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from datetime import date
-from decimal import Decimal
+from decimal import Context, Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -426,32 +428,109 @@ def answer_file(model, tokenizer, records: list[dict], prompts: list[list[int]],
 
 PAPER_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # for GSM8K and MATH
 
+SYMBOLS = {"−": "-", "π": r"\pi ", "∞": r"\infty ", "×": r"\times", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge "}
+REWRITES = [  # of LaTeX, in order
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r",\\!\s*|\{,\}", ","),  # 10,\!080 and 10{,}080
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[,;:!()]", ""),
+    (r"(?<!\\)\\(?=[ {}$%])|~", " "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|[$%€£°*]", ""),
+    (r"\\(begin|end)\s*\{[pb]matrix\}", lambda m: "[[" if m[1] == "begin" else "]]"),
+    # a unit at the end
+    (r"(?<=[\w)}\]])\s*\\(?:text|mbox|mathrm)\s*\{\s*[a-zA-Z][a-zA-Z ./]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),
+    (r"\\(?:text|mbox|math|operatorname)[a-z]*\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
+    (r"√\s*(\d+|[a-z])", r"\\sqrt{\1}"),
+    (r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+    (r"([_^])\s*\{\s*(\w+)\s*\}", r"\1\2"),
+    (r"^\s*\\?[a-zA-Z]+(?:_\w)?(?:\([a-z]\))?\s*(?:=|\\in(?![a-zA-Z]))\s*(?=\S)", ""),  # x = 5, x \in [0, 1]
+    (r"\s+(?:and|or)\s+", ","),
+    (r"\s*/\s*", "/"),
+]
+UNIT = r"(?:\s+[a-zA-Z]{2}[a-zA-Z /]*(?:\^\d)?)?"
+NUMBER = r"([-+]?)(?:(\d{1,9}) (?=\d+/))?(\d+\.?\d*|\.\d+)(?:/(\d{1,9}))?" + UNIT  # -1.50, 3/4 cups, 1 3/4
+
 
 def final_answer(text: str) -> str | None:
-    """The answer that a text ends in: the last \\boxed{}, else what follows the last ####, else the last number."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        inside, depth = start + len("\\boxed{"), 1
-        for end in range(inside, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return normalised(text[inside:end])
-    if "####" in text and (last := text.rpartition("####")[2].strip()):
-        return normalised(last.splitlines()[0])
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return normalised(numbers[-1]) if numbers else None
+    """The answer that a text ends in, as `normalised` spells it; None where there is none."""
+    return find_answer(text)[0]
+
+
+def find_answer(text: str) -> tuple[str | None, str | None]:
+    """`final_answer` and where it is: in the last \\boxed{}, else after the last ####, else the last number."""
+    for box in reversed([*re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])", text)]):
+        inside = argument(text, box.end())
+        if inside and (answer := normalised(inside[0])).strip("{}"):  # some repeat an empty box
+            return answer, "boxed"
+    line, _, more = text.rpartition("####")[2].strip().partition("\n")
+    # a line of text with more below it is a heading
+    if "####" in text and line and (not more or re.fullmatch(NUMBER, normalised(line))):
+        return normalised(line), "####"
+    numbers = re.findall(r"(?<!\d)-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text)
+    return (normalised(numbers[-1]), "last number") if numbers else (None, None)
+
+
+def argument(text: str, start: int) -> tuple[str, int] | None:
+    """LaTeX's argument at `start`, a {group} or one symbol, and its end; None where it is never closed."""
+    depth, at = 0, re.compile(r"\s*").match(text, start).end()
+    if text[at : at + 1] != "{":
+        symbol = re.compile(r"\\[a-zA-Z]+|\S").match(text, at)
+        return symbol and (symbol[0], symbol.end())
+    for end in range(at, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[at + 1 : end], end + 1
 
 
 def normalised(answer: str) -> str:
-    """One spelling for equal answers: without currency, commas, units, and zeros that say nothing."""
-    answer = re.sub(r"\\text\{([^{}]*)\}|\\[,!; ]|\\?[$%]|\s+", lambda m: m[1] or " " * m[0].isspace(), answer)
-    answer = answer.strip().rstrip(".")
-    number = re.fullmatch(r"(-?[\d,]*\.?\d+)\.?(?: [a-zA-Z ]+)?", answer)
-    if not number:
-        return answer
-    value = f"{Decimal(number[1].replace(',', '')):f}"  # exact, however long
-    value = value.rstrip("0").rstrip(".") if "." in value else value
-    return "0" if value == "-0" else value
+    """One spelling for equal answers: numbers are decimals where these end, else fractions; units, degrees,
+    currency and percent signs, LaTeX's spaces and fonts, and a leading "x =" are left out.
+
+    Nothing is multiplied out or sorted: x(x+1) and x^2+x, or 1,2 and 2,1, stay unequal.
+    """
+    text = answer.translate(str.maketrans(SYMBOLS))
+    for pattern, written in REWRITES:
+        text = re.sub(pattern, written, text)
+    text = fractions(text).strip().rstrip(".")
+    if text[:1] not in ("(", "[", "{"):  # there a comma is between elements
+        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(r"(?:(?!\\\\)[^][(){},&])+", lambda m: element(m[0].strip()), text)
+    return re.sub(r"^\(([A-Z])\)$", r"\1", text)  # a choice
+
+
+def fractions(text: str) -> str:
+    r"""\frac{a}{b} as a/b, with brackets where they are needed; 1\frac{3}{4} becomes 1 3/4."""
+    while (start := text.rfind("\\frac")) >= 0:  # the last one has no other inside
+        top = argument(text, start + len("\\frac"))
+        bottom = top and argument(text, top[1])
+        if not bottom:
+            break
+        a, b = (re.sub(r"\s", "", part) for part, _ in (top, bottom))
+        a = f"({a})" if re.search(r"[-+]", a[1:]) else a
+        b = b if re.fullmatch(r"\d+\.?\d*|[a-zA-Z]|\\[a-zA-Z]+(?:\{\w+\})?", b) else f"({b})"
+        mixed = text[start - 1 : start].isdigit()
+        text = text[:start] + " " * mixed + f"{a}/{b}" + text[bottom[1] :]
+    return text
+
+
+def element(text: str) -> str:
+    """`normalised` of one part of an answer, between commas and brackets."""
+    number = re.fullmatch(NUMBER, text)
+    if not number or number[4] and (int(number[4]) == 0 or len(text) > 99):
+        words = re.fullmatch(r"[a-zA-Z]{3,}(?:\s+[a-zA-Z]+)*", text)
+        return " ".join(text.lower().split()) if words else re.sub(r"\s+", "", text)
+    sign, whole, top, bottom = number.groups()
+    value = Decimal(top)  # exact, however long
+    if bottom:
+        ratio = Fraction(value) / int(bottom) + int(whole or 0)
+        value = Context(prec=400).divide(Decimal(ratio.numerator), Decimal(ratio.denominator))
+        if Fraction(value) != ratio:
+            return f"{sign.strip('+')}{ratio}"
+    text = f"{value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{sign.strip('+')}{text}" if value else "0"
 
 
 def read_problems(path: str | None, count: int | None, instruction: str) -> dict[str, dict]:
@@ -478,8 +557,8 @@ def read_problems(path: str | None, count: int | None, instruction: str) -> dict
 def verdict(problem: dict, result: Result, tokenizer: Tokenizer) -> dict:
     """One line of an evaluation; the same whenever and wherever it is written."""
     text = tokenizer.decode(result.tokens)
-    answer = final_answer(text)
-    judged = {"answer": answer, "correct": answer == problem["expected"], "text": text}
+    answer, place = find_answer(text)
+    judged = {"answer": answer, "correct": answer == problem["expected"], "answer_from": place, "text": text}
     counts = {"new_tokens": len(result.tokens), "forward_passes": result.forward_passes}
     return problem | judged | counts | {"finish_reason": result.finish_reason}
 
@@ -496,6 +575,21 @@ def scores(verdicts: list[dict]) -> dict:
         "tokens_per_forward": tokens / max(1, sum(v["forward_passes"] for v in verdicts)),
         "stopped_by_length": share("finish_reason", "length"),
     }
+
+
+def aup(points: Iterable[tuple[float, float]], best: float | None = None) -> float:
+    """Accuracy under parallelism of pairs (tokens per forward, accuracy in percent); d3LLM, ICML 2026.
+
+    With the pairs (r, y) sorted by r: the first r y, plus the area under y W(y) by trapezoids. The weight
+    W(y) = min(exp(3 (y / best - 1)), 1) punishes accuracy below the `best` (default: of these pairs), and pairs
+    more than 5 points below the first do not count. Four tokens per forward without loss have 4 times AR's.
+    """
+    points = sorted(points)
+    points = [(r, y) for r, y in points if y >= points[0][1] - 5]
+    best = max(y for _, y in points) if best is None else best
+    height = [y * min(math.exp(3 * (y / best - 1)), 1) if best else 0.0 for _, y in points]
+    strips = zip(points, points[1:], height, height[1:])
+    return points[0][0] * points[0][1] + sum((s[0] - r[0]) * (a + b) / 2 for r, s, a, b in strips)
 
 
 def score_line(found: dict) -> str:
