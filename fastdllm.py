@@ -839,6 +839,7 @@ def decode_rows(
                 if memory:
                     memory.keep(cache, pass_)
                 yield pass_
+                row.finish_reason = pass_.finish_reason  # a caller may set it, to end this row alone
             # 4. the next prompts take the places of finished rows; without any, the last row moves there
             for place in reversed(group):
                 if rows[place].finish_reason:

@@ -44,12 +44,26 @@ def tasks(path: Path) -> list[str]:
 def functions() -> list[str]:
     """Signature and docstring of public functions that say what they do in 60 to 900 characters."""
     found = {}
-    names = [name for name in sorted(sys.stdlib_module_names) if name.isidentifier() and not name.startswith("_")]
-    skipped = {"antigravity", "this", "idlelib", "turtledemo", "lib2to3", "tkinter", "turtle"}  # these open windows
+    names = [
+        name for name in sorted(sys.stdlib_module_names) if name.isidentifier() and not name.startswith("_")
+    ]
+    skipped = {
+        "antigravity",
+        "this",
+        "idlelib",
+        "turtledemo",
+        "lib2to3",
+        "tkinter",
+        "turtle",
+    }  # these open windows
     for name in [*(name for name in names if name not in skipped), "numpy"]:
         for module in submodules(name):
             for key, value in sorted(vars(module).items()):
-                if not inspect.isfunction(value) or key.startswith("_") or value.__module__ != module.__name__:
+                if (
+                    not inspect.isfunction(value)
+                    or key.startswith("_")
+                    or value.__module__ != module.__name__
+                ):
                     continue
                 text = signature_and_docstring(key, value)
                 if text:
@@ -81,13 +95,19 @@ def signature_and_docstring(name: str, function) -> str | None:
         return None
     if " at 0x" in head or len(head) > 200:  # a default value that is an object shows its address
         return None
-    return f'{head}\n{textwrap.indent(f"{chr(34) * 3}{documentation}{chr(10)}{chr(34) * 3}", "    ")}\n'
+    return f"{head}\n{textwrap.indent(f'{chr(34) * 3}{documentation}{chr(10)}{chr(34) * 3}', '    ')}\n"
 
 
 @click.command(help=__doc__)
-@click.option("--maths", "maths_file", type=click.Path(exists=True, path_type=Path), help="GSM8K's training questions.")
-@click.option("--tasks", "tasks_file", type=click.Path(exists=True, path_type=Path), help="MBPP's training tasks.")
-@click.option("--most", type=click.IntRange(1), default=700, show_default=True, help="Prompts of each of the kinds.")
+@click.option(
+    "--maths", "maths_file", type=click.Path(exists=True, path_type=Path), help="GSM8K's training questions."
+)
+@click.option(
+    "--tasks", "tasks_file", type=click.Path(exists=True, path_type=Path), help="MBPP's training tasks."
+)
+@click.option(
+    "--most", type=click.IntRange(1), default=700, show_default=True, help="Prompts of each of the kinds."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the choice and the order.")
 def main(maths_file, tasks_file, most, seed):
     kinds = {"function": functions()}
@@ -98,7 +118,9 @@ def main(maths_file, tasks_file, most, seed):
     rng = random.Random(seed)
     records = []
     for kind, prompts in sorted(kinds.items()):
-        records += [{"kind": kind, "prompt": prompt} for prompt in rng.sample(prompts, min(most, len(prompts)))]
+        records += [
+            {"kind": kind, "prompt": prompt} for prompt in rng.sample(prompts, min(most, len(prompts)))
+        ]
         print(f"{kind}: {len(prompts)} prompts", file=sys.stderr)
     rng.shuffle(records)
     for record in records:

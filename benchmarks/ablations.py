@@ -46,15 +46,23 @@ def flags(options: dict) -> list[str]:
 
 def run(script: str, *arguments, **how) -> subprocess.CompletedProcess:
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, env=threads, **how)
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)], check=True, env=threads, **how
+    )
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--parent", required=True, type=click.Path(exists=True, path_type=Path), help="Autoregressive model.")
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Training problems.")
+@click.option(
+    "--parent", required=True, type=click.Path(exists=True, path_type=Path), help="Autoregressive model."
+)
+@click.option(
+    "--data", required=True, type=click.Path(exists=True, path_type=Path), help="Training problems."
+)
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for the adaptations.")
 @click.option("--count", default=400, show_default=True, help="Held-out problems.")
-@click.option("--out", default=ROOT / "benchmarks" / "results" / "ablations.json", type=click.Path(path_type=Path))
+@click.option(
+    "--out", default=ROOT / "benchmarks" / "results" / "ablations.json", type=click.Path(path_type=Path)
+)
 def main(parent, data, work, count, out):
     work.mkdir(parents=True, exist_ok=True)
     found = {"command": " ".join(["python", "benchmarks/ablations.py", f"--count {count}"]), **environment()}
@@ -68,7 +76,11 @@ def main(parent, data, work, count, out):
             run("train.py", "adapt", "--model", parent, "--data", source, "--out", folder, *flags(options))
             if (folder / "tokens").exists() and not tokens.exists():
                 os.rename(folder / "tokens", tokens)
-        row = {"name": name, "changes": changes, "tokens": options["steps"] * RECIPE["batch-size"] * RECIPE["seq-len"]}
+        row = {
+            "name": name,
+            "changes": changes,
+            "tokens": options["steps"] * RECIPE["batch-size"] * RECIPE["seq-len"],
+        }
         for decoder, how in DECODERS.items():
             record = folder / f"{decoder.replace(' ', '_')}.json"
             if not record.exists():

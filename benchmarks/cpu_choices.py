@@ -104,7 +104,10 @@ def static_pass(model: fastdllm.Qwen2, cache: KVCache, block_size: int, tokens, 
 @click.option("--compile/--no-compile", "compiled", default=True, help="Also measure torch.compile.")
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Add the results to this file.")
 def main(model, shape, layers, threads, compiled, target):
-    rows, ways = [], ("products", "prepacked products", "eager", "prepacked", "joined", "compiled")[: 5 + compiled]
+    rows, ways = (
+        [],
+        ("products", "prepacked products", "eager", "prepacked", "joined", "compiled")[: 5 + compiled],
+    )
     for dtype in ("float32", "bfloat16"):
         for count in map(int, threads.split(",")):
             torch.set_num_threads(count)

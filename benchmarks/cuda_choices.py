@@ -82,7 +82,9 @@ def main(shape, layers, batch_sizes, device, seconds, target):
         changes = {(fastdllm, "grouped_attention"): written_out} if way == "written out" else {}
         if way.endswith("fused"):
             torch._dynamo.reset()
-            torch._dynamo.config.recompile_limit = 64  # else it would give up after a few windows and run eagerly
+            torch._dynamo.config.recompile_limit = (
+                64  # else it would give up after a few windows and run eagerly
+            )
             changes = {place: torch.compile(getattr(*place), dynamic=False) for place in SMALL}
         for batch, width in cases:
             row = rows.setdefault((batch, width), {"batch": batch, "width": width})

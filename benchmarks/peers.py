@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed import build, prepare, random_prompts, spread, table, wait, write_report  # noqa: E402
 
 import cli  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, check_prompt, generate, is_prepacked, prepack, require  # noqa: E402
+from fast import prepack  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, check_prompt, generate, require  # noqa: E402
 from fastdllm import unparse_config as raw_config  # noqa: E402
 
 
@@ -53,13 +54,19 @@ def as_transformers(plain: Qwen2):
 
 def agreement(found: list[list[int]], expected: list[list[int]]) -> dict:
     """Share of equal tokens, and the first place (row, position) where two answers part, if they do."""
-    pairs = [(row, i, a == b) for row, (x, y) in enumerate(zip(found, expected)) for i, (a, b) in enumerate(zip(x, y))]
+    pairs = [
+        (row, i, a == b)
+        for row, (x, y) in enumerate(zip(found, expected))
+        for i, (a, b) in enumerate(zip(x, y))
+    ]
     first = min(((i, row) for row, i, same in pairs if not same), default=None)
     share = sum(same for *_, same in pairs) / len(pairs)
     return {"equal_tokens": share, "first_difference": first and {"row": first[1], "position": first[0]}}
 
 
-def measure(writers: dict, prompts: list[list[int]], new_tokens: int, rounds: int, device: torch.device) -> list[dict]:
+def measure(
+    writers: dict, prompts: list[list[int]], new_tokens: int, rounds: int, device: torch.device
+) -> list[dict]:
     """A row for each of several functions (prompts, count) -> new tokens; the first one is what others are held to."""
     seconds, tokens = {name: [] for name in writers}, {}
     for number in range(rounds + 1):
@@ -85,7 +92,7 @@ def measure(writers: dict, prompts: list[list[int]], new_tokens: int, rounds: in
             "tokens_per_second": spread(rates),
             "tokens_per_second_with_prefill": spread([len(prompts) * new_tokens / whole for _, whole in taken]),
             "times_transformers": spread([b[1] / whole for (_, whole), b in zip(taken, seconds[base])]),
-            **(agreement(tokens[name], tokens[base]) if name == "ar" else {}),
+            **(agreement(tokens[name], tokens[base]) if name in ("ar", "verify") else {}),
         })  # fmt: skip
     return rows
 
@@ -99,26 +106,35 @@ def measure(writers: dict, prompts: list[list[int]], new_tokens: int, rounds: in
 @click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Of each answer.")
 @click.option("--tokens-per-pass", type=int, default=3, show_default=True, help="Of the block decoder.")
 @click.option("--sub-block-size", default=Decoding.sub_block_size, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved; medians are shown.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved; medians are shown."
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's]")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
+)
 @cli.reports_mistakes
 def main(
-    model, device, dtype, packed, shape, layers, batch_sizes, prompt_tokens, new_tokens, rounds, threads, json_file,
+    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, prompt_tokens, new_tokens, rounds, threads, json_file,
     **knobs,
 ):  # fmt: skip
     try:
         from transformers import __version__ as version
     except ImportError:
-        raise InputError("Transformers is not installed; pip install -r benchmarks/requirements.txt") from None
+        raise InputError(
+            "Transformers is not installed; pip install -r benchmarks/requirements.txt"
+        ) from None
     require(min(batch_sizes) > 0, "--batch-sizes are whole numbers of at least 1.")
     prepare(json_file, threads)
-    network, _ = build(model, shape, layers, device, dtype)
+    network, _ = build(model, shape, layers, device, dtype, adapter)
     plain, weight = as_autoregressive(network), network.weight
     peer = as_transformers(plain)
     if packed:
         prepack(plain)
-        network.model, network.lm_head = plain.model, plain.lm_head  # once for both ways to decode
+        if adapter:
+            prepack(network)
+        else:
+            network.model, network.lm_head = plain.model, plain.lm_head  # once for both ways to decode
 
     def transformers(prompts: list[list[int]], count: int) -> list[list[int]]:
         ids = torch.tensor(prompts, device=weight.device)
@@ -130,6 +146,8 @@ def main(
         return [result.tokens for result in generate(model, prompts, decoding)]
 
     writers = {"transformers": transformers, "ar": partial(ours, plain)}
+    if network.config.mask_token_id is not None:
+        writers["verify"] = partial(ours, network, verify=True)
     if network.config.block_size > 1:
         writers["block"] = partial(ours, network, **knobs)
     batches = [random_prompts(network.config, size, prompt_tokens) for size in batch_sizes]
@@ -144,12 +162,22 @@ def main(
     for row in rows:
         rate, whole, ratio = (row[k] for k in ("tokens_per_second", "seconds", "times_transformers"))
         cells.append([row["decoder"], str(row["batch_size"]), f"{row['first_ms']['median']:.1f}"])
-        cells[-1] += [f"{rate['median']:.1f} ({rate['lowest']:.1f}..{rate['highest']:.1f})", f"{whole['median']:.3f}"]
-        cells[-1] += [f"{ratio['median']:.2f}", f"{100 * row['equal_tokens']:.1f}%" if "equal_tokens" in row else ""]
+        cells[-1] += [
+            f"{rate['median']:.1f} ({rate['lowest']:.1f}..{rate['highest']:.1f})",
+            f"{whole['median']:.3f}",
+        ]
+        cells[-1] += [
+            f"{ratio['median']:.2f}",
+            f"{100 * row['equal_tokens']:.1f}%" if "equal_tokens" in row else "",
+        ]
     header = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, tokens as Transformers"
     click.echo(table(header.split(", "), cells))
-    about = {"random_weights": bool(shape), "transformers": version, "attention": peer.config._attn_implementation}
-    about |= {"prepacked": is_prepacked(network), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    about = {
+        "random_weights": bool(shape),
+        "transformers": version,
+        "attention": peer.config._attn_implementation,
+    }
+    about |= {"prepacked": plain.prepacked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     about |= {"rounds": rounds, **knobs}
     write_report(json_file, shape or model, network, about | {"rows": rows})
 

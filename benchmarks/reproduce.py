@@ -30,7 +30,13 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#d9730d", "#2a8c55", "#777777"
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
 STYLE |= {"svg.hashsalt": "reproduce", "legend.frameon": False}
 
 
@@ -41,7 +47,10 @@ class Bench:
         self.model, self.tokenizer = cli.open_model(model, "cpu", "auto", packed=True)
         chosen = islice(word_problems("heldout", 1), problems)
         self.problems = [
-            {"messages": [{"role": "user", "content": p["question"]}], "expected": cli.final_answer(p["answer"])}
+            {
+                "messages": [{"role": "user", "content": p["question"]}],
+                "expected": cli.final_answer(p["answer"]),
+            }
             for p in chosen
         ]
         self.prompts = [self.tokenizer.chat(p["messages"]) for p in self.problems]
@@ -69,7 +78,11 @@ class Bench:
 
 
 def thresholds(bench: Bench, count: int) -> dict:
-    values, subs, knobs = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0], [8, 32], {"max_new_tokens": 128, "batch_size": 1}
+    values, subs, knobs = (
+        [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0],
+        [8, 32],
+        {"max_new_tokens": 128, "batch_size": 1},
+    )
     ways = {(n, t): Decoding(threshold=t, sub_block_size=n, **knobs) for n in subs for t in values}
     speeds = bench.speeds(ways | {"AR": Decoding(block_size=1, **knobs)}, count)
     rows = [
@@ -262,7 +275,9 @@ def main(model, problems, timed, rounds, threads, only, draw_only):
             (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
         with plt.rc_context(STYLE):
             panels = 2 if name in ("threshold", "sub_block_size", "block_size") else 1
-            figure, axes = plt.subplots(1, panels, figsize=(6.8 if panels == 2 else 5.2, 3.2), layout="constrained")
+            figure, axes = plt.subplots(
+                1, panels, figsize=(6.8 if panels == 2 else 5.2, 3.2), layout="constrained"
+            )
             draw(data, axes)
             figure.suptitle(title, fontsize=11)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -42,6 +42,7 @@ sys.path[:0] = [str(ROOT)]
 
 import cli  # noqa: E402
 import fastdllm  # noqa: E402
+from fast import PrepackedLinear, RecordedPasses, prepack  # noqa: E402
 from fastdllm import Config, Decoding, InputError, Pass, Qwen2, Result, require, round_up  # noqa: E402
 
 QWEN = {"max_position_embeddings": 32768, "block_size": 32, "mask_token_id": 151665, "tokenizer_size": 151666}
@@ -54,6 +55,8 @@ SHAPES = {  # of Qwen2.5; "tiny" is for trying things out
 DECODERS = {
     "ar": {"block_size": 1},
     "block": {},
+    "prefix": {"accept": "prefix"},
+    "verify": {"verify": True},
     "fused": {"fuse_commit": True},
     "dual": {"cache": "dual"},
     "none": {"cache": "none"},
@@ -78,14 +81,21 @@ def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0)
     return model.eval()
 
 
-def build(model: str, shape: str | None, layers: int | None, device: str, dtype: str):
+def build(
+    model: str, shape: str | None, layers: int | None, device: str, dtype: str, adapter: str | None = None
+):
     """(model, tokenizer) of a checkpoint, or of a shape with random weights: bfloat16 on CUDA, else float32."""
-    require(not (shape and model != str(cli.SHIPPED)), "--shape and --model exclude one another; give one of them.")
+    require(
+        not (shape and model != str(cli.SHIPPED)),
+        "--shape and --model exclude one another; give one of them.",
+    )
     require(shape or not layers, "--layers cuts a --shape; a checkpoint is taken whole.")
     if not shape:
-        return fastdllm.load(model, device, dtype)
+        return fastdllm.load(model, device, dtype, adapter)
     require(shape in SHAPES, f"--shape {shape} is not known; take one of {', '.join(SHAPES)}.")
-    require(dtype in fastdllm.DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(fastdllm.DTYPES)}.")
+    require(
+        dtype in fastdllm.DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(fastdllm.DTYPES)}."
+    )
     config = replace(SHAPES[shape], num_hidden_layers=layers or SHAPES[shape].num_hidden_layers)
     device = fastdllm.pick_device(device)
     usual = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -98,17 +108,26 @@ def random_prompts(config: Config, count: int, length: int, seed: int = 0) -> li
     return torch.randint(most, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def plan(config: Config, decoders: Sequence[str], sub_block_sizes, rules: list[dict], **common) -> dict[str, Decoding]:
+def plan(
+    config: Config, decoders: Sequence[str], sub_block_sizes, rules: list[dict], **common
+) -> dict[str, Decoding]:
     """Ways to decode, resolved, by a label. Raises InputError for what cannot work."""
     found = {}
     for name in decoders:
         require(name in DECODERS, f"--decoders has {name!r}; take some of {', '.join(DECODERS)}.")
-        ar = name == "ar"
-        require(ar or config.block_size > 1, "The checkpoint has no diffusion block: only --decoders ar works.")
-        for sub, rule in [(1, {})] if ar else product(sub_block_sizes, rules):
+        alone = name in ("ar", "verify")  # neither has sub-blocks
+        ok = alone or config.block_size > 1
+        require(
+            ok, "The checkpoint has no diffusion block: only --decoders ar works, and verify with an adapter."
+        )
+        for sub, rule in [(1, {})] if alone else product(sub_block_sizes, rules):
             decoding = Decoding(sub_block_size=sub, **DECODERS[name], **rule, **common).resolve(config)
-            rate = f"threshold {decoding.threshold:g}" if "threshold" in rule else f"{decoding.tokens_per_pass} a pass"
-            found[name if ar else f"{name}, sub-block {decoding.sub_block_size}, {rate}"] = decoding
+            rate = (
+                f"threshold {decoding.threshold:g}"
+                if "threshold" in rule
+                else f"{decoding.tokens_per_pass} a pass"
+            )
+            found[name if alone else f"{name}, sub-block {decoding.sub_block_size}, {rate}"] = decoding
     return found
 
 
@@ -121,7 +140,7 @@ def visible(start: int, stop: int, block_size: int) -> int:
     return sum(round_up(a + 1, block_size) for a in range(start, stop))
 
 
-def cost(config: Config, itemsize: int, steps: Sequence[Pass], block_size: int) -> tuple[int, int]:
+def cost(config: Config, itemsize: int, passes: Sequence[Pass], block_size: int) -> tuple[int, int]:
     """Bytes that one forward pass over these windows must move, and operations that it must do.
 
     Bytes: every weight once, without the embedding's few rows, and the head only where something is guessed; each slot
@@ -133,8 +152,8 @@ def cost(config: Config, itemsize: int, steps: Sequence[Pass], block_size: int) 
     matrices = L * (2 * D * q + 2 * D * kv + 3 * D * config.intermediate_size)
     vectors = L * (q + 2 * kv + 2 * D) + D  # biases and norms
     head = config.vocab_size * D
-    windows = [(step.start, step.start + len(step.tokens)) for step in steps]
-    tokens, guessed = sum(len(step.tokens) for step in steps), sum(len(step.guessed) for step in steps)
+    windows = [(p.start, p.start + len(p.tokens)) for p in passes]
+    tokens, guessed = sum(len(p.tokens) for p in passes), sum(len(p.guessed) for p in passes)
     slots = sum(round_up(stop, block_size) for _, stop in windows)
     pairs = sum(visible(*window, block_size) for window in windows)
     moved = matrices + vectors + head * (guessed > 0) + 2 * kv * L * slots
@@ -156,25 +175,29 @@ def wait(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def run(model: Qwen2, prompts: list[list[int]], decoding: Decoding) -> tuple[list[Result], list[Call]]:
+def run(
+    model: Qwen2, prompts: list[list[int]], decoding: Decoding, recorded: RecordedPasses | None = None
+) -> tuple[list[Result], list[Call]]:
     """Decode to the end, and every forward pass on the way; the passes' times add up to the whole."""
-    weight, forward, ends = model.weight, fastdllm.shifted_guesses, []
+    weight, forward, ends = model.weight, fastdllm.run_passes, []
     decoding = decoding.resolve(model.config)
 
-    def watched(model, cache, rows, steps, *rest):
-        guesses = forward(model, cache, rows, steps, *rest)
+    def watched(model, cache, slots, passes, *rest):
+        guesses = forward(model, cache, slots, passes, *rest)
         wait(weight.device)  # a prefill that guesses nothing would still be running
-        ends.append((steps, time.perf_counter()))
+        ends.append((passes, time.perf_counter()))
         return guesses
 
     wait(weight.device)
     last = time.perf_counter()
-    with mock.patch.object(fastdllm, "shifted_guesses", watched):  # the one place that all passes go through
-        results = fastdllm.generate(model, prompts, decoding)
+    with mock.patch.object(fastdllm, "run_passes", watched):  # the one place that all passes go through
+        results = fastdllm.generate(model, prompts, decoding, recorded)
     calls = []
-    for steps, end in ends:
-        kind = steps[0].kind if len({step.kind for step in steps}) == 1 else "mixed"
-        calls.append(Call(kind, end - last, *cost(model.config, weight.itemsize, steps, decoding.block_size)))
+    for passes, end in ends:
+        kind = passes[0].kind if len({pass_.kind for pass_ in passes}) == 1 else "mixed"
+        calls.append(
+            Call(kind, end - last, *cost(model.config, weight.itemsize, passes, decoding.block_size))
+        )
         last = end
     return results, calls
 
@@ -188,9 +211,9 @@ def limits(device: torch.device, dtype: torch.dtype, prepacked: bool = False) ->
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     a, b = torch.randn(2, side, side, device=device).to(dtype)
-    linear = torch.nn.utils.skip_init(nn.Linear, side, side, device=device, dtype=dtype)
+    linear = torch.nn.utils.skip_init(fastdllm.Linear, side, side, device=device, dtype=dtype)
     linear.weight.data, linear.bias = b, None
-    linear = fastdllm.PrepackedLinear(linear) if prepacked else linear
+    linear = PrepackedLinear(linear) if prepacked else linear
 
     def fastest(work) -> float:
         seconds = []
@@ -209,18 +232,17 @@ def limits(device: torch.device, dtype: torch.dtype, prepacked: bool = False) ->
     }
 
 
-def alone(model: Qwen2, prompts: list[list[int]], decoding: Decoding) -> float | None:
+def alone(model: Qwen2, prompts: list[list[int]], decoding: Decoding, record: bool) -> float | None:
     """Peak memory in MiB of one run that shares nothing with those before it; None where the system does not tell.
 
     On CUDA of its tensors, weights included; elsewhere of the whole process, up to now.
     """
     device = model.weight.device
-    fastdllm.GRAPHS.pop(model, None)  # and the cache in it
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    run(model, prompts, decoding)
+    run(model, prompts, decoding, RecordedPasses(model) if record else None)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -269,7 +291,9 @@ def by_kind(rounds: list[list[Call]], machine: dict) -> dict[str, dict]:
         found[kind] = {"forward_calls": len(of_kind[0]), "ms": ms, "limit_ms": limit}
         found[kind] |= {"share_of_limit": limit / ms["median"]}
         found[kind] |= {"bound_by": "bytes" if sum(moving) > sum(working) else "operations"}
-        found[kind] |= {key: fmean(getattr(call, key) for call in of_kind[0]) for key in ("bytes", "operations")}
+        found[kind] |= {
+            key: fmean(getattr(call, key) for call in of_kind[0]) for key in ("bytes", "operations")
+        }
     return found
 
 
@@ -291,22 +315,34 @@ def summary(row: Row, ar: Row | None, machine: dict) -> dict:
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need to be, the first flush left."""
     widths = [max(map(len, column)) for column in zip(header, *lines)]
-    aligned = lambda line: [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]
+    aligned = lambda line: [
+        line[0].ljust(widths[0]),
+        *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:])),
+    ]
     return "\n".join("  ".join(aligned(line)).rstrip() for line in (header, *lines))
 
 
 def tables(rows: list[dict], machine: dict, device: torch.device) -> str:
     """The report as text: rates, then the passes."""
     middle = lambda found, digits: "-" if found is None else f"{found['median']:.{digits}f}"
-    ranged = lambda v, digits: f"{v['median']:.{digits}f} ({v['lowest']:.{digits}f}..{v['highest']:.{digits}f})"
+    ranged = lambda v, digits: (
+        f"{v['median']:.{digits}f} ({v['lowest']:.{digits}f}..{v['highest']:.{digits}f})"
+    )
     rates, passes = [], []
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["passes"]))
     for row in rows:
         name = [row["decoder"], str(row["batch_size"])]
         memory = f"{row['peak_memory_mib'] or 0:,.0f}"
         speed, both = row["tokens_per_second"], row["tokens_per_second_with_prefill"]
-        rates.append([*name, f"{row['tokens_per_forward']:.2f}", ranged(speed, 1), middle(row["speed_up"], 2)])
-        rates[-1] += [middle(both, 1), middle(row["speed_up_with_prefill"], 2), middle(row["prefill_ms"], 1), memory]
+        rates.append(
+            [*name, f"{row['tokens_per_forward']:.2f}", ranged(speed, 1), middle(row["speed_up"], 2)]
+        )
+        rates[-1] += [
+            middle(both, 1),
+            middle(row["speed_up_with_prefill"], 2),
+            middle(row["prefill_ms"], 1),
+            memory,
+        ]
         cell = lambda p: f"{p['ms']['median']:.2f} ({100 * p['share_of_limit']:.0f}%)" if p else "-"
         passes.append([*name, *(cell(row["passes"].get(kind)) for kind in kinds)])
     copied, multiplied = machine["bytes_per_second"] / 1e9, machine["operations_per_second"] / 1e12
@@ -347,21 +383,22 @@ def prepare(path: Path | None, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def measure(model: Qwen2, rows: list[Row], rounds: int) -> bool:
+def measure(model: Qwen2, rows: list[Row], rounds: int, record: bool) -> bool:
     """Fill in memory, results and rounds; false where Ctrl-C ended it early. Raises InputError where memory ends."""
-    device, bar = model.weight.device, tqdm(total=len(rows) * (rounds + 2), unit="run")
+    bar = tqdm(total=len(rows) * (rounds + 2), unit="run")
     try:
         for row in rows:
-            row.memory = alone(model, row.prompts, row.decoding)
+            row.memory = alone(model, row.prompts, row.decoding, record)
             bar.update()
-        if device.type == "cuda":  # room for the largest row now: a cache that grows throws recorded passes away
+        recorded = RecordedPasses(model) if record else None
+        if recorded:  # room for the largest row now: a cache that grows drops the recorded passes
             longest = max(len(prompt) + row.decoding.max_new_tokens for row in rows for prompt in row.prompts)
-            graphs = fastdllm.GRAPHS.setdefault(model, fastdllm.Graphs())
-            graphs.reserve(model, max(row.decoding.batch_size for row in rows), longest + rows[-1].decoding.block_size)
+            recorded.claim(model, max(row.decoding.batch_size for row in rows), longest + 64)
+            recorded.release()
         for number in range(rounds + 1):
             taken = []
             for row in rows:
-                row.results, calls = run(model, row.prompts, row.decoding)
+                row.results, calls = run(model, row.prompts, row.decoding, recorded)
                 taken.append(calls)
                 bar.update()
             if number:  # the first one warms up
@@ -381,19 +418,27 @@ def measure(model: Qwen2, rows: list[Row], rounds: int) -> bool:
 
 
 def bench(
-    model, device, dtype, packed, shape, layers, decoders, thresholds, tokens_per_pass, sub_block_sizes, batch_sizes,
+    model, adapter, device, dtype, packed, record, shape, layers, decoders, thresholds, tokens_per_pass, sub_block_sizes, batch_sizes,
     prompts, prompt_tokens, new_tokens, rounds, threads, seed, json_file,
 ) -> None:  # fmt: skip
     """Measure, print the tables, and write the JSON; options as in `cli.bench`."""
-    require(not (thresholds and tokens_per_pass), "--thresholds and --tokens-per-pass exclude one another; give one.")
+    require(
+        not (thresholds and tokens_per_pass),
+        "--thresholds and --tokens-per-pass exclude one another; give one.",
+    )
     prepare(json_file, threads)
-    network, tokenizer = build(model, shape, layers, device, dtype)
+    require(not (shape and adapter), "--shape makes random weights, so --adapter has no place beside it.")
+    network, tokenizer = build(model, shape, layers, device, dtype, adapter)
     if packed:
-        fastdllm.prepack(network)
+        prepack(network)
     config, weight = network.config, network.weight
-    if shape and not thresholds:  # random weights are sure of nothing: at a threshold they write one token a pass
+    if (
+        shape and not thresholds
+    ):  # random weights are sure of nothing: at a threshold they write one token a pass
         tokens_per_pass = tokens_per_pass or [3]
-    rules = [{"tokens_per_pass": n} for n in tokens_per_pass or []] or [{"threshold": t} for t in thresholds or [0.9]]
+    rules = [{"tokens_per_pass": n} for n in tokens_per_pass or []] or [
+        {"threshold": t} for t in thresholds or [0.9]
+    ]
     problems = tokenizer is not None and prompt_tokens is None
     rows = []
     for size in batch_sizes:
@@ -402,16 +447,19 @@ def bench(
         # answers to problems end where they like: several batches of them, so that the last, half empty one counts less
         count = prompts or (max(16, 4 * size) if problems else size)
         if problems:
-            texts = [tokenizer.chat(p["messages"]) for p in cli.read_problems(None, count, "").values()]
+            texts = [
+                tokenizer.chat(p["messages"])
+                for p in cli.read_problems(None, count, "", cli.read_jsonl).values()
+            ]
         else:
             texts = random_prompts(config, count, prompt_tokens or 1024, seed)
         rows += [Row(name, decoding, texts) for name, decoding in ways.items()]
         for prompt, decoding in product(texts, ways.values()):
             fastdllm.check_prompt(prompt, decoding, config)  # all of them, before anything runs
-    whole = measure(network, rows, rounds)
+    whole = measure(network, rows, rounds, record and weight.is_cuda)
     if not rows[-1].rounds:
         sys.exit(cli.INTERRUPTED)
-    prepacked = fastdllm.is_prepacked(network)
+    prepacked = network.prepacked
     machine = limits(
         weight.device, weight.dtype, prepacked
     )  # last: on a CPU its buffers would count as memory of the rows

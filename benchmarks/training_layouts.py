@@ -43,7 +43,9 @@ def peak_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure(way: str, model: str, shape: str | None, device: str, rows: int, seq_len: int, steps: int, recompute: bool):
+def measure(
+    way: str, model: str, shape: str | None, device: str, rows: int, seq_len: int, steps: int, recompute: bool
+):
     """Loss, tokens per second (median of the steps), and memory beyond the weights and their gradients, of one way."""
     layout, attention = WAYS[way]
     network, _ = build(model, shape, None, device, "float32")

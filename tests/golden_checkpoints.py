@@ -43,7 +43,9 @@ def shapes(c: dict) -> dict[str, tuple[int, ...]]:
         names[f"{layer}.self_attn.o_proj.weight"] = (hidden, hidden)
         names[f"{layer}.mlp.gate_proj.weight"] = names[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
         names[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-        names[f"{layer}.input_layernorm.weight"] = names[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        names[f"{layer}.input_layernorm.weight"] = names[f"{layer}.post_attention_layernorm.weight"] = (
+            hidden,
+        )
     return names
 
 
@@ -72,8 +74,19 @@ def build(folder: Path, variant: str) -> Path:
     v = VARIANTS[variant]
     folder.mkdir(parents=True)
     names = shapes(v["config"])
-    save_file({n: weight(n, names[n], i, v) for i, n in enumerate(sorted(names))}, folder / "model.safetensors")
-    extra = {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "rope_scaling": None}
-    extra |= {"hidden_act": "silu", "use_sliding_window": False, "mask_token_id": v["mask"], "torch_dtype": "float32"}
+    save_file(
+        {n: weight(n, names[n], i, v) for i, n in enumerate(sorted(names))}, folder / "model.safetensors"
+    )
+    extra = {
+        "model_type": "Fast_dLLM_Qwen",
+        "architectures": ["Fast_dLLM_QwenForCausalLM"],
+        "rope_scaling": None,
+    }
+    extra |= {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "mask_token_id": v["mask"],
+        "torch_dtype": "float32",
+    }
     (folder / "config.json").write_text(json.dumps(v["config"] | extra))
     return folder

@@ -58,9 +58,21 @@ def test_about_a_tenth_is_held_out():
 
 
 def test_the_command_prints_reproducible_jsonl():
-    command = [sys.executable, str(ROOT / "tiny" / "problems.py"), "--split", "heldout", "--seed", "3", "--count", "5"]
-    first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    command = [
+        sys.executable,
+        str(ROOT / "tiny" / "problems.py"),
+        "--split",
+        "heldout",
+        "--seed",
+        "3",
+        "--count",
+        "5",
+    ]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    )
     assert first == second
     assert (
-        all(set(json.loads(line)) == {"question", "answer"} for line in first.splitlines()) and first.count("\n") == 5
+        all(set(json.loads(line)) == {"question", "answer"} for line in first.splitlines())
+        and first.count("\n") == 5
     )

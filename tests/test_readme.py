@@ -89,7 +89,9 @@ def test_the_program_that_embeds_the_file_is_short_and_runs(tmp_path):
     assert len(program.splitlines()) <= 12
     (tmp_path / "fastdllm.py").write_bytes((ROOT / "fastdllm.py").read_bytes())
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert "####" in run.stdout
 
 

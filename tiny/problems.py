@@ -123,7 +123,9 @@ def ask_together(s):
 
 def ask_share(s):
     n = s.rng.choice([n for n in range(2, 10) if s.total % n == 0 and s.total // n >= 2])
-    s.question.append(f"{s.pronoun} shares them equally among {n} friends. How many {s.things} does each friend get?")
+    s.question.append(
+        f"{s.pronoun} shares them equally among {n} friends. How many {s.things} does each friend get?"
+    )
     s.answer.append(f"Each friend gets {s.compute('/', n)} {s.things}.")
 
 
@@ -212,14 +214,18 @@ def problems(split, seed, conversations=0.0):
         if turns == 1:
             yield dict(zip(("question", "answer"), told[0]))
         else:
-            yield {"messages": [dict(role=r, content=c) for t in told for r, c in zip(("user", "assistant"), t)]}
+            yield {
+                "messages": [dict(role=r, content=c) for t in told for r, c in zip(("user", "assistant"), t)]
+            }
 
 
 @click.command(help=__doc__)
 @click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--count", type=click.IntRange(1), default=10, show_default=True, help="How many problems.")
-@click.option("--conversations", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of them.")
+@click.option(
+    "--conversations", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of them."
+)
 def main(split, seed, count, conversations):
     for _, problem in zip(range(count), problems(split, seed, conversations)):
         click.echo(json.dumps(problem))

@@ -28,14 +28,18 @@ def build(words=WORDS, sample=20000):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(words), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     texts = [f"{p['question']}\n{p['answer']}" for p in islice(problems("train", 0), sample)]
     texts += [f"{n} {n}" for n in range(100)] * 20 + ["user\nassistant\nsystem\n"] * 100
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=4096, min_frequency=20, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=4096, min_frequency=20, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
@@ -43,7 +47,9 @@ def build(words=WORDS, sample=20000):
 
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--digits", is_flag=True, help="A token for each digit, to see what a token for each number is worth.")
+@click.option(
+    "--digits", is_flag=True, help="A token for each digit, to see what a token for each number is worth."
+)
 def main(folder, digits):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build(DIGITS if digits else WORDS)

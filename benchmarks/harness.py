@@ -1,0 +1,370 @@
+"""Our models in lm-eval, the language model evaluation harness that most published scores come from.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/harness.py --model M --tasks gsm8k,ifeval --decoder threshold --output results.json
+    python benchmarks/harness.py --model M --paper
+
+prints lm-eval's table and, for each task that generates, tokens per forward and tokens/s. `--output` writes
+lm-eval's own result file, with these under "speed", and the samples beside it. `--paper` runs the paper's
+tasks in the original's settings and prints the paper's scores beside ours; it stops at a task's stop strings,
+which the original ignores. HumanEval and MBPP are judged by EvalPlus, see code_samples.py.
+
+Log-likelihoods (MMLU, GPQA, perplexities) have two readings. "ar" is the usual one: each token given all
+before it, causally. "original" is what the original's evaluation computes for its MMLU and GPQA: the
+log-probability of the continuation's first token alone, at a mask in a block-causal pass that also sees the
+rest of the continuation, an end token behind it, and masks up to the end of the block.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli  # noqa: E402
+from fast import RecordedPasses, prepack  # noqa: E402
+from fastdllm import (  # noqa: E402
+    Decoding,
+    InputError,
+    Qwen2,
+    Result,
+    Tokenizer,
+    attention_bias,
+    block_causal_mask,
+    causal_attention,
+    decode,
+    grouped_attention,
+    load,
+    replace_file,
+    require,
+)
+
+try:
+    from lm_eval import simple_evaluate, utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+except ImportError:
+    raise SystemExit("lm-eval is not installed; pip install -r benchmarks/requirements.txt") from None
+
+DECODERS = {
+    "ar": {"block_size": 1},
+    "threshold": {},
+    "dual": {"cache": "dual"},
+    "verify": {"verify": True},
+}
+TURN = "<|im_start|>assistant\n"  # what a chat prompt ends in
+
+# task: column of the paper's table, few-shot examples (None: the task's), where the instruction goes, metric
+PAPER_TASKS = {
+    "gsm8k": ("GSM8K", 0, "Answer:", "exact_match,flexible-extract"),
+    "minerva_math": ("MATH", 0, "Solution:", "math_verify,none"),
+    "ifeval": ("IFEval", None, None, "prompt_level_strict_acc,none"),
+    "mmlu": ("MMLU", 5, None, "acc,none"),
+    "gpqa_main_n_shot": ("GPQA", None, None, "acc,none"),
+}
+PAPER_SCORES = {  # Fast-dLLM v2 at threshold 1
+    "Qwen2.5 1.5B": {"GSM8K": 57.0, "MATH": 46.8, "IFEval": 41.2, "MMLU": 54.6, "GPQA": 30.6},
+    "v2 1.5B": {"GSM8K": 62.0, "MATH": 38.1, "IFEval": 47.0, "MMLU": 55.1, "GPQA": 27.7},
+    "Qwen2.5 7B": {"GSM8K": 71.4, "MATH": 73.3, "IFEval": 70.8, "MMLU": 68.7, "GPQA": 33.5},
+    "v2 7B": {"GSM8K": 83.7, "MATH": 61.6, "IFEval": 61.4, "MMLU": 66.6, "GPQA": 31.9},
+}
+PAPER_TOKENS = 2048  # longest answer; its blocks of 32 are the checkpoint's, its sub-blocks of 8 the default
+
+
+class HarnessModel(TemplateLM):
+    """A model, a way of decoding and a reading of log-likelihoods, as lm-eval sees them.
+
+    instructions: task name's beginning -> (what to replace in its prompts, by what).
+    longest: new tokens, whatever the task asks for; None: the task's number, or 256.
+    """
+
+    def __init__(
+        self, name: str, model: Qwen2, tokenizer: Tokenizer, decoding: Decoding, reading: str = "ar",
+        longest: int | None = None, instructions: dict | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        config = model.config
+        require(tokenizer, f"{name}: has no tokenizer, so there is no text to evaluate.")
+        require(config.stop_token_ids, f"{name}: names no end token, which log-likelihoods need.")
+        adapted = reading == "ar" or config.block_size > 1
+        require(adapted, f"{name}: only --loglikelihood ar reads a model that was not adapted to blocks.")
+        self.name, self.model, self.tokens, self.decoding, self.reading = (
+            name,
+            model,
+            tokenizer,
+            decoding,
+            reading,
+        )
+        self.longest, self.instructions, self.speed = longest, instructions or {}, {}
+        self._device = model.weight.device
+        self.recorded = RecordedPasses(model) if self.device.type == "cuda" else None
+
+    # --- Text ---
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.name
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.config.stop_token_ids[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        return self.tokens.encode(string)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return "ChatML"  # what lm-eval notes in its result file
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        text = self.tokens.decode(self.tokens.chat(chat_history), skip_special_tokens=False)
+        return text if add_generation_prompt else text.removesuffix(TURN).removesuffix("<|im_end|>\n")
+
+    # --- Generation ---
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        groups, texts = {}, [""] * len(requests)
+        for place, request in enumerate(requests):
+            groups.setdefault((request.task_name, json.dumps(request.args[1], sort_keys=True)), []).append(
+                place
+            )
+        for (task, settings), places in groups.items():
+            began = time.perf_counter()
+            prompts = [requests[place].args[0] for place in places]
+            for old, new in (rule for start, rule in self.instructions.items() if task.startswith(start)):
+                prompts = [prompt.replace(old, new) for prompt in prompts]
+            results = []
+            for place, (text, result) in zip(places, self.write(prompts, json.loads(settings), disable_tqdm)):
+                texts[place] = text
+                results.append(result)
+            found = self.speed.setdefault(task, {"tokens": 0, "forward_passes": 0, "seconds": 0.0})
+            found["tokens"] += sum(len(result.tokens) for result in results)
+            found["forward_passes"] += sum(result.forward_passes for result in results)
+            found["seconds"] += time.perf_counter() - began
+        return texts
+
+    def write(self, prompts: list[str], settings: dict, silent: bool) -> list[tuple[str, Result]]:
+        """Text up to its first stop string, and all that was decoded, of prompts with a task's settings."""
+        settings = normalize_gen_kwargs(settings)
+        until, longest = (
+            [stop for stop in settings["until"] if stop],
+            self.longest or settings["max_gen_toks"],
+        )
+        sampling = {key: settings[key] for key in ("temperature", "top_p") if key in settings}
+        decoding = replace(self.decoding, max_new_tokens=longest, **sampling)
+        room = self.model.config.max_position_embeddings - longest
+        require(room > 0, f"{longest} new tokens leave no room for a prompt; lower --max-new-tokens.")
+        # too long a prompt is cut at the left, as lm-eval does
+        encoded = [self.tokens.encode(prompt)[-room:] for prompt in prompts]
+        results, ended = [Result() for _ in prompts], [False] * len(prompts)
+        with tqdm(total=len(prompts), unit="prompt", disable=silent) as bar:
+            for pass_ in decode(self.model, encoded, decoding, recorded=self.recorded):
+                row = pass_.row
+                if ended[row]:
+                    continue
+                results[row].add(pass_)
+                if until and pass_.final and not pass_.finish_reason:
+                    tail = self.tokens.decode(results[row].tokens[-len(pass_.final) - 64 :])
+                    if any(stop in tail for stop in until):
+                        pass_.finish_reason = "stop"  # tells the decoder, which may then end the row
+                ended[row] = pass_.finish_reason is not None
+                bar.update(ended[row])
+        texts = [self.tokens.decode(result.tokens) for result in results]
+        ends = [min((text.find(stop) for stop in until if stop in text), default=None) for text in texts]
+        return [(text[:end], result) for text, end, result in zip(texts, ends, results)]
+
+    # --- Log-likelihoods ---
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.reading == "ar":
+            return super()._encode_pair(context, continuation)
+        begin = self.tokens.encode(
+            context
+        )  # the base class makes a chat prompt's last newline the first token
+        return begin, self.tokens.encode(context + continuation)[len(begin) :]
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, **_
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        found, size = [None] * len(pairs), self.decoding.batch_size if self.reading == "ar" else 1
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        for start in tqdm(range(0, len(order), size), disable=disable_tqdm, unit="batch"):
+            places = order[start : start + size]
+            score = self.read_causally if self.reading == "ar" else self.read_as_the_original
+            for place, score_and_greedy in zip(places, score([pairs[place] for place in places])):
+                found[place] = score_and_greedy
+        return found
+
+    def read_causally(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation given its context, and whether AR decoding would write it."""
+        room = self.model.config.max_position_embeddings + 1  # the last token is only predicted
+        rows = [(context + continuation)[-room:] for context, continuation in pairs]
+        longest = max(map(len, rows)) - 1  # padded on the right, where no token looks
+        tokens = torch.tensor([row[:-1] + [0] * (longest - len(row) + 1) for row in rows], device=self.device)
+        hidden = self.model(tokens, torch.arange(longest, device=self.device)[None], causal_attention)
+        found = []
+        for row, states, (_, continuation) in zip(rows, hidden, pairs):
+            n = min(len(continuation), len(row) - 1)
+            scores = self.model.logits(states[len(row) - 1 - n : len(row) - 1]).float().log_softmax(-1)
+            wanted = torch.tensor(row[len(row) - n :], device=self.device)
+            likely = scores.gather(1, wanted[:, None]).sum().item()
+            found.append((likely, bool((scores.argmax(-1) == wanted).all())))
+        return found
+
+    def read_as_the_original(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """The "original" reading of one pair; it never says that a continuation is the greedy one."""
+        [(context, continuation)] = pairs
+        config = self.model.config
+        size, mask = config.block_size, config.mask_token_id
+        row = [*context, mask, *continuation[1:], self.eot_token_id]
+        row += [mask] * (-len(row) % size)
+        require(len(row) <= config.max_position_embeddings, f"A question has {len(row)} tokens, too many.")
+        tokens = torch.tensor([row], device=self.device)
+        positions = torch.arange(len(row), device=self.device)
+        seen = block_causal_mask(positions[None], positions, size)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        bias = attention_bias(seen, groups, self.model.weight.dtype)
+        attend = lambda layer, q, k, v: grouped_attention(q, k, v, bias)
+        hidden = self.model(tokens, positions[None], attend, (tokens == mask)[..., None])
+        scores = self.model.logits(hidden[0, len(context) - 1]).float().log_softmax(-1)  # token shift
+        return [(scores[continuation[0]].item(), False)]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of texts, in windows of the model's length; each token is predicted once."""
+        require(self.reading == "ar", "The original's reading has no perplexities; take --loglikelihood ar.")
+        windows = partial(utils.get_rolling_token_windows, prefix_token=self.prefix_token_id,
+                          max_seq_len=self.model.config.max_position_embeddings, context_len=1)  # fmt: skip
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        parts = [[utils.make_disjoint_window(window) for window in windows(text)] for text in texts]
+        flat = self._loglikelihood_tokens([(None, *pair) for part in parts for pair in part], disable_tqdm)
+        scores = iter(score for score, _ in flat)
+        return [sum(next(scores) for _ in part) for part in parts]
+
+
+def find_tasks(tasks: list[str], folder: str | None) -> TaskManager:
+    """Where the tasks are: in the folder if it has all, else also among lm-eval's (listing takes seconds)."""
+    for defaults in [False, True] if folder else [True]:
+        manager = TaskManager(include_path=folder, include_defaults=defaults)
+        unknown = [task for task in tasks if not manager.match_tasks([task])]
+        if not unknown:
+            return manager
+    raise InputError(f"No task is called {', '.join(unknown)}; give --include-path, or see `lm-eval ls`.")
+
+
+def evaluate(model: HarnessModel, tasks: list[str], manager: TaskManager, chat: bool, **options) -> dict:
+    """lm-eval's results, and `speed`: tokens, passes, seconds and rates of each task that generates."""
+    model.speed = {}
+    options |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
+    results = simple_evaluate(model, tasks=tasks, task_manager=manager, **options)
+    for found in model.speed.values():
+        found["tokens_per_forward"] = found["tokens"] / max(1, found["forward_passes"])
+        found["tokens_per_second"] = found["tokens"] / found["seconds"]
+    return results | {"speed": model.speed}
+
+
+def paper_table(
+    model: HarnessModel, tasks: list[str], thresholds: list[float], **options
+) -> tuple[str, dict]:
+    """Our scores with the paper's beside them, as Markdown; and lm-eval's results by task and threshold."""
+    header = ["task", "threshold", "score", "tokens per forward", "tokens/s", *PAPER_SCORES]
+    rows, found = [header, ["---"] * len(header)], {}
+    for task in tasks:
+        column, shots, marker, metric = PAPER_TASKS[task]
+        model.instructions = {task: (marker, cli.PAPER_PROMPT)} if marker else {}
+        for threshold in thresholds:
+            model.decoding = replace(model.decoding, threshold=threshold)
+            results = evaluate(model, [task], num_fewshot=shots, **options)
+            found[f"{task}, threshold {threshold:g}"] = results
+            total = lambda key, speed=results["speed"]: sum(rates[key] for rates in speed.values())
+            speed = [
+                total("tokens") / max(1, total("forward_passes")),
+                total("tokens") / (total("seconds") or 1),
+            ]
+            score, paper = (
+                100 * results["results"][task][metric],
+                [row[column] for row in PAPER_SCORES.values()],
+            )
+            rows.append(
+                [column, f"{threshold:g}", f"{score:.1f}", *(f"{x:.2f}" for x in speed), *map(str, paper)]
+            )
+            if not results["speed"]:  # log-likelihoods, which have no threshold
+                rows[-1][1] = rows[-1][3] = rows[-1][4] = ""
+                break
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows), found
+
+
+def write_results(path: Path, results: dict, samples: list[dict]) -> None:
+    """lm-eval's result file, and beside it what was asked and answered, as JSON lines."""
+    dump = partial(json.dumps, default=utils.handle_non_serializable, ensure_ascii=False)
+    lines = "".join(dump(sample) + "\n" for sample in samples)
+    for file, text in (path, dump(results, indent=2) + "\n"), (path.with_suffix(".samples.jsonl"), lines):
+        replace_file(file, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+@click.command(help=__doc__)
+@click.option("--model", default=str(cli.SHIPPED), help="Folder or Hub id  [default: the shipped checkpoint]")
+@click.option("--adapter", help="Folder or Hub id of a draft adapter, for --decoder verify.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--tasks", callback=lambda c, p, text: text and text.split(","), help="Names, with commas.")
+@click.option("--include-path", "folder", type=click.Path(exists=True, file_okay=False), help="More tasks.")
+@click.option("--paper", is_flag=True, help="The paper's tasks, or some, in the original's settings.")
+@click.option("--decoder", type=click.Choice([*DECODERS]), default="threshold", show_default=True)
+@click.option("--threshold", default=Decoding.threshold, show_default=True, help="--paper: 1, then 0.9.")
+@click.option("--loglikelihood", "reading", type=click.Choice(["ar", "original"]), help="[default: ar]")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the task's, else 256]")
+@click.option("--batch-size", default=Decoding.batch_size, show_default=True, help="Prompts at a time.")
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples per question  [default: the task's]")
+@click.option("--limit", type=click.IntRange(1), help="Only the first questions of each task.")
+@click.option("--chat/--no-chat", default=True, show_default=True, help="Apply the chat template.")
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Let lm-eval itself run what the model writes.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="lm-eval's result file, as JSON."
+)
+@cli.reports_mistakes
+def main(
+    model, adapter, device, dtype, tasks, folder, paper, decoder, threshold, reading, max_new_tokens,
+    batch_size, num_fewshot, output, **options,
+):  # fmt: skip
+    require(tasks or paper, "Name --tasks, or take --paper.")
+    tasks = tasks or list(PAPER_TASKS)
+    require(not paper or set(tasks) <= set(PAPER_TASKS), f"--paper knows the tasks {', '.join(PAPER_TASKS)}.")
+    require(
+        not paper or num_fewshot is None, "--paper has its own number of examples; leave --num-fewshot out."
+    )
+    known = output is None or output.absolute().parent.is_dir()
+    require(known, f"--output {output}: there is no such folder.")
+    decoding = Decoding(threshold=threshold, batch_size=batch_size, **DECODERS[decoder])
+    network, tokenizer = load(model, device, dtype, **({"adapter": adapter} if adapter else {}))
+    decoding.resolve(network.config)  # a mistake is told before data is fetched
+    causal = decoder in ("ar", "verify")
+    reading = reading or ("original" if paper and not causal else "ar")
+    longest = max_new_tokens or (PAPER_TOKENS if paper else None)
+    subject = HarnessModel(model, prepack(network), tokenizer, decoding, reading, longest)
+    options |= {"manager": find_tasks(tasks, folder)}
+    if paper:
+        table, found = paper_table(subject, tasks, [threshold] if causal else [1.0, 0.9], **options)
+        click.echo(table)
+    else:
+        found = evaluate(subject, tasks, num_fewshot=num_fewshot, **options)
+        click.echo(utils.make_table(found))
+        for task, rates in found["speed"].items():
+            click.echo(f"{task}: {cli.summary_line(rates['tokens'], rates)}")
+    if output:
+        runs = found.values() if paper else [found]
+        answers = [item for results in runs for item in results.pop("samples").items()]
+        samples = [{"task": task} | sample for task, found_samples in answers for sample in found_samples]
+        about = {"decoding": asdict(decoding), "loglikelihood": reading, "environment": cli.environment()}
+        write_results(output, found | about, samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Our models in lm-eval: against its own model on the same weights, and against `cli.py eval`."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+
+pytest.importorskip("lm_eval", reason="pip install -r benchmarks/requirements.txt")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import harness  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+
+import cli  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, causal_attention, save  # noqa: E402
+
+TASKS = ROOT / "benchmarks" / "tasks"
+PROBLEMS = [json.loads(line) for line in (TASKS / "word_problems.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_repository():
+    """The task files name their data from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture
+def subject(shipped):
+    """The shipped model as lm-eval sees it, with other options."""
+    return lambda reading="ar", **knobs: harness.HarnessModel("shipped", *shipped, Decoding(**knobs), reading)
+
+
+@pytest.fixture(scope="module")
+def peer(shipped, tmp_path_factory):
+    """lm-eval's own model over the same weights, as a plain Qwen2."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    model, tokenizer = shipped
+    with torch.device("meta"):
+        plain = Qwen2(replace(model.config, block_size=1, mask_token_id=None))
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie()
+    folder = tmp_path_factory.mktemp("plain")
+    save(plain, tokenizer, folder)
+    # by model type, Transformers would cut numbers into digits, whatever tokenizer.json says
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
+    return HFLM(pretrained=str(folder), tokenizer=words, device="cpu", dtype="float32", batch_size=4)
+
+
+def requests(kind, arguments, task="word_problems"):
+    return [Instance(kind, {}, args, i, metadata=(task, i, 1)) for i, args in enumerate(arguments)]
+
+
+def chat(model, problem):
+    return model.apply_chat_template([{"role": "user", "content": problem["question"]}])
+
+
+def test_log_likelihoods_are_those_of_transformers(subject, peer):
+    ours = subject(batch_size=3)
+    pairs = [(chat(ours, p), " " * (i % 2) + p["answer"][: 20 * i + 9]) for i, p in enumerate(PROBLEMS)]
+    start, greedy = (PROBLEMS[0]["answer"][part] for part in (slice(20), slice(20, None)))
+    pairs += [("", "Mia has 12 apples."), ("How many ", "apples"), (chat(ours, PROBLEMS[0]) + start, greedy)]
+    found, wanted = (m.loglikelihood(requests("loglikelihood", pairs)) for m in (ours, peer))
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted] and found[-1][1]
+    texts = requests("loglikelihood_rolling", [(p["question"] + "\n" + p["answer"],) for p in PROBLEMS])
+    texts.append(requests("loglikelihood_rolling", [("Mia has 12 apples. " * 400,)])[0])  # several windows
+    found, wanted = (m.loglikelihood_rolling(texts) for m in (ours, peer))
+    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-4)
+
+
+def test_greedy_texts_are_those_of_transformers(subject, peer):
+    ours = subject(block_size=1, batch_size=3)
+    settings = {"until": ["####"], "max_gen_toks": 100, "do_sample": False}
+    asked = requests("generate_until", [(chat(ours, problem), settings) for problem in PROBLEMS[:5]])
+    found = ours.generate_until(asked)
+    assert found == peer.generate_until(asked)
+    assert not any("####" in text for text in found) and all(text.endswith(".\n") for text in found)
+
+
+def test_a_chat_prompt_is_ours(subject, shipped):
+    _, tokenizer = shipped
+    ours, messages = subject(), [{"role": "user", "content": "Mia has 12 apples. How many?"}]
+    assert ours.tok_encode(ours.apply_chat_template(messages)) == tokenizer.chat(messages)
+    begun = ours.apply_chat_template(
+        [*messages, {"role": "assistant", "content": "Mia"}], add_generation_prompt=False
+    )
+    assert begun == ours.apply_chat_template(messages) + "Mia"
+
+
+@pytest.mark.parametrize("decoder", harness.DECODERS)
+def test_answers_are_those_of_our_eval(subject, shipped, decoder):
+    ours = subject(**harness.DECODERS[decoder], batch_size=3)
+    results = harness.evaluate(
+        ours, ["word_problems"], harness.find_tasks(["word_problems"], str(TASKS)), True
+    )
+    samples = sorted(results["samples"]["word_problems"], key=lambda sample: sample["doc_id"])
+    decoding = Decoding(**harness.DECODERS[decoder], max_new_tokens=128)
+    problems = cli.read_problems(str(TASKS / "word_problems.jsonl"), None, "", cli.read_jsonl)
+    prompts = cli.encode_prompts(problems, shipped[1], decoding, shipped[0].config)
+    answers = cli.generate_all(shipped[0], prompts, decoding)
+    verdicts = [
+        cli.verdict(problem, answer, shipped[1]) for problem, answer in zip(problems.values(), answers)
+    ]
+    assert [s["resps"][0][0] for s in samples] == [v["text"] for v in verdicts]
+    assert [s["exact_match"] for s in samples] == [v["correct"] for v in verdicts]
+    speed = results["speed"]["word_problems"]
+    assert speed["tokens"] == sum(v["new_tokens"] for v in verdicts)
+    assert speed["forward_passes"] == sum(v["forward_passes"] for v in verdicts)
+
+
+def test_a_stop_string_cuts_the_text(subject):
+    ours = subject(batch_size=2)
+    plain = {"until": [], "max_gen_toks": 100}
+    asked = [
+        (chat(ours, PROBLEMS[0]), plain | {"until": stop}) for stop in ([], ["="], ["####", " = "], ["zebra"])
+    ]
+    whole, first, second, third = ours.generate_until(requests("generate_until", asked))
+    assert first == whole[: whole.index("=")] and second == whole[: whole.index(" = ")] and third == whole
+
+
+def test_the_original_reading_scores_the_first_token_at_a_mask(subject, shipped):
+    model, tokenizer = shipped
+    config, ours = model.config, subject("original")
+    context, answer = chat(ours, PROBLEMS[0]), PROBLEMS[1]["answer"]
+    begin, rest = tokenizer.encode(context), tokenizer.encode(answer)
+    row = begin + [config.mask_token_id] + rest[1:] + [config.stop_token_ids[0]]
+    row += [config.mask_token_id] * (32 - len(row) % 32)
+    allowed = torch.tensor([[i // 32 >= j // 32 for j in range(len(row))] for i in range(len(row))])
+
+    def attend(layer, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+
+    with torch.inference_mode():
+        logits = model.logits(model(torch.tensor([row]), torch.arange(len(row))[None], attend))[
+            0, len(begin) - 1
+        ]
+        causal = model.logits(model(torch.tensor([begin]), torch.arange(len(begin))[None], causal_attention))[
+            0, -1
+        ]
+    [(score, greedy)] = ours.loglikelihood(requests("loglikelihood", [(context, answer)]))
+    assert score == pytest.approx(logits.log_softmax(-1)[rest[0]].item(), abs=1e-5) and not greedy
+    assert score != pytest.approx(causal.log_softmax(-1)[rest[0]].item(), abs=1e-2)
+    with pytest.raises(InputError, match="perplexities"):
+        ours.loglikelihood_rolling([])
+
+
+def test_the_command_writes_lm_evals_file_and_the_paper_table(tmp_path):
+    shutil.copytree(TASKS, tmp_path / "tasks")
+    task = (TASKS / "gsm8k_sample.yaml").read_text().replace("task: gsm8k_sample", "task: gsm8k")
+    (tmp_path / "tasks" / "gsm8k_sample.yaml").write_text(task)
+    common = ["--include-path", tmp_path / "tasks", "--output", tmp_path / "out.json", "--limit", "2"]
+    run = lambda *more: CliRunner().invoke(
+        harness.main, [str(a) for a in [*common, *more]], catch_exceptions=False
+    )
+    result = run("--tasks", "word_problems,word_choices")
+    assert (
+        result.exit_code == 0 and "|word_problems|" in result.stdout and "tokens per forward" in result.stdout
+    )
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (
+        written["results"]["word_choices"]["acc,none"] == 1
+        and written["speed"]["word_problems"]["tokens"] > 60
+    )
+    samples = [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
+    assert [s["task"] for s in samples] == ["word_problems"] * 2 + ["word_choices"] * 2
+    result = run("--paper", "--tasks", "gsm8k", "--max-new-tokens", 40)
+    assert result.exit_code == 0
+    columns = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()]
+    assert [row[:3] for row in columns[2:]] == [["GSM8K", "1", "0.0"], ["GSM8K", "0.9", "0.0"]]
+    assert columns[2][5:] == ["57.0", "62.0", "71.4", "83.7"]
+    samples = [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 2 * 2  # thresholds, questions, lm-eval's two ways to find the answer
+    for mistake in ([], ["--tasks", "no_such_task"], ["--paper", "--num-fewshot", 3]):
+        result = run(*mistake)
+        assert (
+            result.exit_code == 2 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+        )
