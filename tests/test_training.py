@@ -464,7 +464,7 @@ def test_rows_are_laid_out_padded_with_masks_that_do_not_train(tmp_path, shipped
     [row] = [
         row for row in pack(corpus.lengths, 96, 32, "documents", np.random.default_rng(0)) if len(row) == 3
     ][:1]
-    batch = lay_out(corpus, [row], 96, 7, apart=True)
+    batch = lay_out(corpus, [row], 96, 7, separate_documents=True)
     assert batch.documents[0].tolist() == [1] * 32 + [2] * 32 + [3] * 32
     for n, (document, start, stop) in enumerate(row):
         ids, flags = corpus.piece(document, start, stop)
