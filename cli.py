@@ -548,7 +548,8 @@ def stream_answer(
         for text in texts:
             if delay is None:
                 show(text)
-                sys.stdout.flush()
+                if sys.stdout:  # None where it is closed
+                    sys.stdout.flush()
     return result
 
 
