@@ -602,20 +602,15 @@ def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
         return []
     content, first = path.read_bytes(), json.dumps(header, ensure_ascii=False).encode()
     if content[: len(first)] != first[: len(content)]:
+        there = None
         with suppress(ValueError, RecursionError):
             there = json.loads(content.partition(b"\n")[0])
+        if isinstance(there, dict) and isinstance(there.get("options"), dict):
             flat = lambda h: {k: v for k, v in h.items() if k != "options"} | h["options"]
-            old, new = (
-                (flat(h) for h in (there, header))
-                if isinstance(there, dict) and "options" in there
-                else ({}, {})
-            )
+            old, new = flat(there), flat(header)
             for name in new:
-                ok = old.get(name) == new[name]
-                require(
-                    ok,
-                    f"{path}: holds answers with {name} {old.get(name)}, not {new[name]}; name another file.",
-                )
+                differs = f"holds answers with {name} {old.get(name)}, not {new[name]}"
+                require(old.get(name) == new[name], f"{path}: {differs}; name another file.")
         raise InputError(
             f"{path}: holds something else than answers of this run; remove it or name another file."
         )

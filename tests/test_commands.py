@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ import cli
 from benchmarks import judging
 from fastdllm import Decoding, InputError, Result, decode, generate, load, save
 from viewer import terminal
+from viewer.trace import lane
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -69,11 +71,15 @@ def test_eval_goes_on_where_it_stopped_and_repeats_byte_for_byte(tmp_path):
         assert out.read_bytes() == whole
     assert run("eval", source, "--output", out).exit_code == 0 and out.read_bytes() == whole
     other = run("eval", source, "--output", out, "--threshold", 0.5)
-    assert other.exit_code == 2 and "of this run" in other.stderr and out.read_bytes() == whole
+    assert other.exit_code == 2 and "threshold 0.9, not 0.5" in other.stderr and out.read_bytes() == whole
     other = run("eval", "--count", 3, "--output", out)
     assert other.exit_code == 2 and "other problems" in other.stderr and out.read_bytes() == whole
     narrow = run("eval", source, "--output", out, "--dtype", "bfloat16")
-    assert narrow.exit_code == 2 and "of this run" in narrow.stderr and out.read_bytes() == whole
+    assert (
+        narrow.exit_code == 2
+        and "dtype torch.float32, not torch.bfloat16" in narrow.stderr
+        and out.read_bytes() == whole
+    )
     out.write_text("a note without a newline")
     assert (
         run("eval", source, "--output", out).exit_code == 2 and out.read_text() == "a note without a newline"
@@ -87,7 +93,7 @@ def test_eval_does_not_take_up_the_answers_of_other_weights(tmp_path):
     model, tokenizer = load(folder, "cpu")
     save(model, tokenizer, folder)  # as a training that was run again does
     again = run("eval", source, "--model", folder, "--output", out)
-    assert again.exit_code == 2 and "of this run" in again.stderr
+    assert again.exit_code == 2 and "holds answers with weights" in again.stderr
 
 
 def test_eval_refuses_problems_without_an_answer(tmp_path):
@@ -368,16 +374,15 @@ def test_trace_holds_the_answer_of_ar_decoding_and_times(tmp_path):
     assert (data["block_size"], data["sub_block_size"], data["threshold"]) == (32, 8, 0.9)
 
 
-def test_trace_holds_what_verification_refused(tmp_path):
-    """A draft is refused where the pass keeps another token, so its token differs from the answer's there."""
-    run("generate", cli.SAMPLE, "--verify", "--max-new-tokens", 40, "--trace", tmp_path / "trace.html")
-    data = trace_data((tmp_path / "trace.html").read_text())
-    answer = {token["position"]: token for token in data["tokens"]}
-    firsts = [(i, p["refused"][0]) for i, p in enumerate(data["passes"]) if p["refused"]]
-    assert firsts and all(data["passes"][i]["kind"] == "verify" for i, _ in firsts)
-    for number, draft in firsts:
-        kept = answer.get(draft["position"])
-        assert kept is None or kept["pass"] == number and kept["text"] != draft["text"]
+def test_trace_holds_what_verification_refused(shipped):
+    model, tokenizer = shipped
+    prompt = tokenizer.chat([{"role": "user", "content": QUESTION}])
+    pass_ = next(decode(model, [prompt], Decoding()))
+    draft = pass_.revealed[0]._replace(token=tokenizer.encode("7")[0])
+    [window] = lane(tokenizer, [(replace(pass_, refused=[draft]), 0.5)])["passes"]
+    assert window["seconds"] == 0.5
+    expected = {"position": draft.position, "text": "7", "confidence": draft.confidence}
+    assert window["refused"] == [expected]
 
 
 def test_trace_escapes_whatever_stands_in_the_text(tmp_path):
