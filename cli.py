@@ -18,6 +18,9 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import click
 import torch
 from tqdm import tqdm
@@ -1068,4 +1071,5 @@ class Chat:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli()

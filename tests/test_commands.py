@@ -15,8 +15,7 @@ from conftest import ROOT
 import cli
 from benchmarks import judging
 from fastdllm import Decoding, InputError, Result, decode, generate, load, save
-from viewer import terminal
-from viewer.trace import lane
+from viewer import terminal, trace
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -379,7 +378,7 @@ def test_trace_holds_what_verification_refused(shipped):
     prompt = tokenizer.chat([{"role": "user", "content": QUESTION}])
     pass_ = next(decode(model, [prompt], Decoding()))
     draft = pass_.revealed[0]._replace(token=tokenizer.encode("7")[0])
-    [window] = lane(tokenizer, [(replace(pass_, refused=[draft]), 0.5)])["passes"]
+    [window] = trace.lane(tokenizer, [(replace(pass_, refused=[draft]), 0.5)])["passes"]
     assert window["seconds"] == 0.5
     expected = {"position": draft.position, "text": "7", "confidence": draft.confidence}
     assert window["refused"] == [expected]
