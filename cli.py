@@ -18,6 +18,9 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import click
 import torch
 from tqdm import tqdm
@@ -548,7 +551,8 @@ def stream_answer(
         for text in texts:
             if delay is None:
                 show(text)
-                sys.stdout.flush()
+                if sys.stdout:  # None where it is closed
+                    sys.stdout.flush()
     return result
 
 
@@ -601,20 +605,15 @@ def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
         return []
     content, first = path.read_bytes(), json.dumps(header, ensure_ascii=False).encode()
     if content[: len(first)] != first[: len(content)]:
+        there = None
         with suppress(ValueError, RecursionError):
             there = json.loads(content.partition(b"\n")[0])
+        if isinstance(there, dict) and isinstance(there.get("options"), dict):
             flat = lambda h: {k: v for k, v in h.items() if k != "options"} | h["options"]
-            old, new = (
-                (flat(h) for h in (there, header))
-                if isinstance(there, dict) and "options" in there
-                else ({}, {})
-            )
+            old, new = flat(there), flat(header)
             for name in new:
-                ok = old.get(name) == new[name]
-                require(
-                    ok,
-                    f"{path}: holds answers with {name} {old.get(name)}, not {new[name]}; name another file.",
-                )
+                differs = f"holds answers with {name} {old.get(name)}, not {new[name]}"
+                require(old.get(name) == new[name], f"{path}: {differs}; name another file.")
         raise InputError(
             f"{path}: holds something else than answers of this run; remove it or name another file."
         )
@@ -1074,4 +1073,5 @@ class Chat:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli()

@@ -209,3 +209,62 @@ def test_ctrl_c_ends_with_what_was_generated(folders):
     model, _ = load(folders["untied"], "cpu")
     [whole] = generate(model, [[1, 2, 3]], Decoding(threshold=1.0, max_new_tokens=1000))
     assert [int(token) for token in tokens] == whole.tokens[: len(tokens)]
+
+
+def test_the_prompts_file_is_never_written_over(tmp_path):
+    source, link = tmp_path / "in.jsonl", tmp_path / "link.jsonl"
+    source.write_text('{"prompt": "hi"}\n')
+    link.symlink_to(source)
+    for target in (source, link):
+        assert "is the file of --input" in mistake("--input", source, "--output", target)
+    assert source.read_text() == '{"prompt": "hi"}\n'
+
+
+def test_trace_writes_regular_files_only_and_says_so_first(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(cli, "open_model", lambda *given: pytest.fail("something ran"))
+    assert "no regular file" in mistake("hi", "--trace", tmp_path / "fifo")
+    assert (tmp_path / "fifo").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_closed_standard_streams_give_no_traceback(name, closed):
+    given = "hi" if name == "generate" else ""
+    command = f"{sys.executable} {ROOT / 'cli.py'} {name} {given} --device cpu --max-new-tokens 3 {closed}"
+    found = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, input="hi\n")
+    assert "Traceback" not in found.stderr and found.returncode in (0, 1, 2)
+
+
+@pytest.mark.parametrize("command", [
+    ["eval", "--count"], ["sweep", "--count"], ["bench", "--threads"], ["generate", "hi", "--batch-size"],
+    ["generate", "hi", "--block-size"], ["generate", "hi", "--max-new-tokens"], ["eval", "--max-new-tokens"],
+    ["bench", "--batch-sizes"], ["sweep", "--block-sizes"],
+])  # fmt: skip
+def test_numbers_of_twenty_digits_get_one_sentence(command):
+    result = CliRunner().invoke(cli.cli, [*command, "9" * 20])
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code == 2 and len(errors) == 1 and command[-1] in errors[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+@pytest.mark.parametrize("after", [0.3, 1.5])
+def test_ctrl_c_while_it_loads_gives_no_traceback(after):
+    command = [sys.executable, str(ROOT / "cli.py"), "chat", "--device", "cpu"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        process.stdin.close()
+        errors = process.stderr.read()
+    assert "Traceback" not in errors and process.returncode in (0, 130)  # 0: it had loaded already
+
+
+@pytest.mark.parametrize("name", [[], *([name] for name in cli.cli.commands)])
+def test_every_command_has_a_short_flag_for_help(name):
+    short, long = (CliRunner().invoke(cli.cli, [*name, flag]) for flag in ("-h", "--help"))
+    assert short.exit_code == 0 and short.stdout == long.stdout and "Usage: " in short.stdout
+
+
+def test_version():
+    result = CliRunner().invoke(cli.cli, ["--version"])
+    assert result.exit_code == 0 and cli.VERSION in result.stdout

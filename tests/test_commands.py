@@ -1,10 +1,12 @@
 """eval, sweep, info, chat, and the views of a decoding: --watch and --trace."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -12,8 +14,8 @@ from conftest import ROOT
 
 import cli
 from benchmarks import judging
-from fastdllm import Decoding, InputError, decode, generate, load, save
-from viewer import terminal
+from fastdllm import Decoding, InputError, Result, decode, generate, load, save
+from viewer import terminal, trace
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -68,11 +70,15 @@ def test_eval_goes_on_where_it_stopped_and_repeats_byte_for_byte(tmp_path):
         assert out.read_bytes() == whole
     assert run("eval", source, "--output", out).exit_code == 0 and out.read_bytes() == whole
     other = run("eval", source, "--output", out, "--threshold", 0.5)
-    assert other.exit_code == 2 and "of this run" in other.stderr and out.read_bytes() == whole
+    assert other.exit_code == 2 and "threshold 0.9, not 0.5" in other.stderr and out.read_bytes() == whole
     other = run("eval", "--count", 3, "--output", out)
     assert other.exit_code == 2 and "other problems" in other.stderr and out.read_bytes() == whole
     narrow = run("eval", source, "--output", out, "--dtype", "bfloat16")
-    assert narrow.exit_code == 2 and "of this run" in narrow.stderr and out.read_bytes() == whole
+    assert (
+        narrow.exit_code == 2
+        and "dtype torch.float32, not torch.bfloat16" in narrow.stderr
+        and out.read_bytes() == whole
+    )
     out.write_text("a note without a newline")
     assert (
         run("eval", source, "--output", out).exit_code == 2 and out.read_text() == "a note without a newline"
@@ -86,7 +92,7 @@ def test_eval_does_not_take_up_the_answers_of_other_weights(tmp_path):
     model, tokenizer = load(folder, "cpu")
     save(model, tokenizer, folder)  # as a training that was run again does
     again = run("eval", source, "--model", folder, "--output", out)
-    assert again.exit_code == 2 and "of this run" in again.stderr
+    assert again.exit_code == 2 and "holds answers with weights" in again.stderr
 
 
 def test_eval_refuses_problems_without_an_answer(tmp_path):
@@ -97,6 +103,28 @@ def test_eval_refuses_problems_without_an_answer(tmp_path):
 
 def test_eval_takes_the_held_out_set_by_default():
     assert json.loads(run("eval", "--count", 3, "--json").stdout)["problems"] == 3
+
+
+def test_ctrl_c_without_a_file_prints_the_score_so_far(tmp_path, monkeypatch):
+    in_order = cli.in_order
+    monkeypatch.setattr(cli, "in_order", lambda *given: itertools.islice(in_order(*given), 2))
+    result = run("eval", problems_file(tmp_path, 3))
+    assert result.exit_code == 130 and "of 2" in result.stdout
+    assert "2 of 3 answers count" in result.stderr and "written" not in result.stderr
+
+
+def test_eval_names_what_differs_and_a_second_run_at_once_says_so(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    source, out = problems_file(tmp_path, 2), tmp_path / "out.jsonl"
+    assert run("eval", source, "--output", out).exit_code == 0
+    whole = out.read_bytes()
+    other = run("eval", source, "--output", out, "--threshold", 0.5)
+    assert other.exit_code == 2 and "threshold 0.9, not 0.5" in other.stderr
+    with out.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        second = run("eval", source, "--output", out)
+    assert second.exit_code == 2 and "another run is writing it" in second.stderr
+    assert out.read_bytes() == whole
 
 
 # --- sweep ---
@@ -211,6 +239,31 @@ def test_chat_says_when_the_conversation_is_too_long(shipped):
     assert talk.messages == []
 
 
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit"])
+def test_words_that_end_a_chat(word):
+    result = run("chat", stdin=f"{word}\n/stats\n")
+    assert result.exit_code == 0 and "tokens" not in result.stderr
+
+
+def test_chat_greets_helps_and_confirms():
+    result = run("chat", stdin="/help\n/system Be brief.\n/system\n/clear\n/save a\0b\n/save\n")
+    assert result.exit_code == 0 and result.stderr.count("Commands: ") == 2  # the banner's and /help's
+    assert str(cli.SHIPPED) in result.stderr and "word problems only" in result.stderr
+    assert (
+        "The system message is now: Be brief." in result.stderr and "no system message now" in result.stderr
+    )
+    assert "The conversation is cleared." in result.stderr
+    assert "no file's name" in result.stderr and "/save needs a file's name" in result.stderr
+
+
+def test_an_answer_that_was_cut_is_forgotten(shipped, monkeypatch, capsys):
+    model, tokenizer = shipped
+    talk = cli.Chat(model, tokenizer, Decoding().resolve(model.config), None)
+    monkeypatch.setattr(cli, "stream_answer", lambda *given: Result(tokens=[5, 6]))
+    talk.answer(QUESTION)
+    assert talk.messages == [] and "forgotten" in capsys.readouterr().err
+
+
 # --- Watch and trace ---
 
 
@@ -259,6 +312,26 @@ def test_wide_characters_wrap_and_control_characters_do_not_steer_the_terminal()
     assert ["".join(c for c, _ in line) for line in lines] == ["世界", "世界a", "\ufffd[2Jb\u0301"]
 
 
+def test_words_are_not_broken_where_a_line_has_room():
+    lines = terminal.wrapped([("an appl", 1), ("etree or two", 2), (" abcdefghijklm", 3)], 10)
+    text = ["".join(character for character, _ in line).rstrip() for line in lines]
+    assert text == ["an", "appletree", "or two", "abcdefghij", "klm"]
+    assert [mark for _, mark in lines[1]][:5] == [1, 1, 1, 1, 2]
+
+
+def test_watch_waits_after_each_pass_but_the_last(shipped, monkeypatch):
+    model, tokenizer = shipped
+    waits = []
+    monkeypatch.setattr(terminal.time, "sleep", waits.append)
+    prompt = tokenizer.chat([{"role": "user", "content": QUESTION}])
+    passes = decode(model, [prompt], Decoding())
+    passes = terminal.watch(
+        tokenizer, passes, len(prompt), model.config.mask_token_id, lambda text: None, 0.25
+    )
+    count = len(list(passes))
+    assert waits == [0.25] * (count - 1)
+
+
 def test_watch_is_plain_text_where_standard_output_is_no_terminal():
     assert run("generate", QUESTION, "--watch").stdout == run("generate", QUESTION).stdout
 
@@ -287,6 +360,28 @@ def test_trace_holds_every_pass_and_token(tmp_path, shipped):
     assert not re.search(
         r"(src|href)=(?!.data:)|https?://|@import|fetch\(", out.read_text().replace("http://www.w3.org", "")
     )
+
+
+def test_trace_holds_the_answer_of_ar_decoding_and_times(tmp_path):
+    run("generate", QUESTION, "--trace", tmp_path / "trace.html")
+    data = trace_data((tmp_path / "trace.html").read_text())
+    answer = run("generate", QUESTION, "--block-size", 1).stdout
+    assert "".join(token["text"] for token in data["ar"]["tokens"]) == answer[:-1] + "<|im_end|>"
+    for lane in (data, data["ar"]):
+        times = [pass_["seconds"] for pass_ in lane["passes"]]
+        assert times == sorted(times) and times[-1] > 0
+    assert (data["block_size"], data["sub_block_size"], data["threshold"]) == (32, 8, 0.9)
+
+
+def test_trace_holds_what_verification_refused(shipped):
+    model, tokenizer = shipped
+    prompt = tokenizer.chat([{"role": "user", "content": QUESTION}])
+    pass_ = next(decode(model, [prompt], Decoding()))
+    draft = pass_.revealed[0]._replace(token=tokenizer.encode("7")[0])
+    [window] = trace.lane(tokenizer, [(replace(pass_, refused=[draft]), 0.5)])["passes"]
+    assert window["seconds"] == 0.5
+    expected = {"position": draft.position, "text": "7", "confidence": draft.confidence}
+    assert window["refused"] == [expected]
 
 
 def test_trace_escapes_whatever_stands_in_the_text(tmp_path):

@@ -21,6 +21,8 @@ def trace_page(
     """The page as HTML, from the template beside this file; whatever the model wrote is escaped."""
     usual = Decoding()
     hidden = {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up"}
+    if not decoding.verify:  # these are options of drafts alone
+        hidden |= {"accept", "draft_width", "draft_confidence"}
     always = (
         {"threshold", "block_size", "sub_block_size"} if not decoding.verify else {"verify", "draft_width"}
     )
