@@ -1,19 +1,26 @@
-"""Transformers' Qwen2 beside our AR and block decoding: the same weights, the same prompts, in one run.
+"""Transformers' Qwen2 beside our AR, verified and block decoding: the same weights and prompts, in one run.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py --shape 0.5b --batch-sizes 1,4 --json FILE
+    python benchmarks/peers.py --model FOLDER --adapter FOLDER --batch-sizes 1,4,16,32 --ragged --json FILE
 
-Transformers runs as its users run it: `generate`, greedy, with its defaults. Its network is given our tensors, so that
-memory holds the weights once, or on a CPU twice, where ours are prepacked beside them. Everybody writes exactly
-`--new-tokens` tokens; rounds are interleaved after a warm-up, and medians are reported with the lowest and highest.
-"First" is the time of a run that writes one token only, and tokens/s is of what comes after it. Whether the tokens
-agree is told apart: rounding may part two kernels at a tie.
+Transformers runs as its users run it: `generate`, greedy, with its defaults. Its network shares our tensors; on
+a CPU ours are prepacked beside them, so memory holds the weights twice. Each decoder writes exactly
+`--new-tokens` tokens. Rounds are interleaved after a warm-up; medians are reported with the lowest and highest.
+"First" is the time of a run that writes one token, and tokens/s is of what comes after it. The share of equal
+tokens counts those before the first difference of an answer and after it: rounding can part two kernels at a tie.
+
+With a tokenizer the prompts are word problems in the chat format, repeated up to `--prompt-tokens`; else random ids.
+`--ragged` makes them of unequal length, from a quarter of `--prompt-tokens` up; Transformers pads on the left.
+The JSON is written after each batch size.
 """
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import click
@@ -24,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed import build, prepare, random_prompts, spread, table, wait, write_report  # noqa: E402
 
 import cli  # noqa: E402
-from fast import prepack  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, check_prompt, generate, require  # noqa: E402
+from fast import RecordedPasses, prepack  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate, require  # noqa: E402
 from fastdllm import unparse_config as raw_config  # noqa: E402
 
 
@@ -52,8 +59,34 @@ def as_transformers(plain: Qwen2):
     return peer.eval()
 
 
+def as_peer(peer, device: torch.device) -> Callable:
+    """Transformers' greedy `generate` as a function (prompts, count) -> new tokens; it pads on the left."""
+
+    def write(prompts: list[list[int]], count: int) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        how = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
+        return peer.generate(ids, attention_mask=real.to(device), **how)[:, longest:].tolist()
+
+    return write
+
+
+def make_prompts(
+    model: Qwen2, tokenizer: Tokenizer | None, count: int, length: int, ragged: bool
+) -> list[list[int]]:
+    """Prompts of `length` tokens, or with `ragged` of lengths spread evenly from a quarter of it to all of it."""
+    quarter = max(1, length // 4)
+    lengths = [length - (length - quarter) * i // max(1, count - 1) * ragged for i in range(count)]
+    if tokenizer is None:
+        return [prompt[:n] for prompt, n in zip(random_prompts(model.config, count, length), lengths)]
+    problems = cli.read_problems(None, count, "", cli.read_jsonl).values()
+    texts = [tokenizer.chat(problem["messages"]) for problem in problems]
+    return [list(islice(cycle(text), n)) for text, n in zip(texts, lengths)]
+
+
 def agreement(found: list[list[int]], expected: list[list[int]]) -> dict:
-    """Share of equal tokens, and the first place (row, position) where two answers part, if they do."""
+    """Share of equal tokens, and the first place (row, position) where two answers differ, if they do."""
     pairs = [
         (row, i, a == b)
         for row, (x, y) in enumerate(zip(found, expected))
@@ -64,10 +97,8 @@ def agreement(found: list[list[int]], expected: list[list[int]]) -> dict:
     return {"equal_tokens": share, "first_difference": first and {"row": first[1], "position": first[0]}}
 
 
-def measure(
-    writers: dict, prompts: list[list[int]], new_tokens: int, rounds: int, device: torch.device
-) -> list[dict]:
-    """A row for each of several functions (prompts, count) -> new tokens; the first one is what others are held to."""
+def measure(writers: dict, prompts: list[list[int]], new_tokens: int, rounds: int, device: torch.device):
+    """A row for each of several functions (prompts, count) -> new tokens; the first one is Transformers."""
     seconds, tokens = {name: [] for name in writers}, {}
     for number in range(rounds + 1):
         for name, write in writers.items():
@@ -84,39 +115,61 @@ def measure(
     for name, taken in seconds.items():
         assert all(len(answer) == new_tokens for answer in tokens[name])
         rates = [len(prompts) * (new_tokens - 1) / max(whole - first, 1e-9) for first, whole in taken]
-        rows.append({
+        row = {
             "decoder": name,
             "batch_size": len(prompts),
+            "prompt_tokens": list(map(len, prompts)),
             "first_ms": spread([1000 * first for first, _ in taken]),
             "seconds": spread([whole for _, whole in taken]),
             "tokens_per_second": spread(rates),
-            "tokens_per_second_with_prefill": spread([len(prompts) * new_tokens / whole for _, whole in taken]),
+            "tokens_per_second_with_prefill": spread(
+                [len(prompts) * new_tokens / whole for _, whole in taken]
+            ),
             "times_transformers": spread([b[1] / whole for (_, whole), b in zip(taken, seconds[base])]),
-            **(agreement(tokens[name], tokens[base]) if name in ("ar", "verify") else {}),
-        })  # fmt: skip
+            **agreement(tokens[name], tokens[base]),
+        }
+        if name == "verify":
+            row["as_our_ar"] = agreement(tokens[name], tokens["ar"])
+        rows.append(row)
     return rows
+
+
+def cells(row: dict) -> list[str]:
+    """A row of the table."""
+    rate, whole, ratio = (row[key] for key in ("tokens_per_second", "seconds", "times_transformers"))
+    ours = f"{100 * row['as_our_ar']['equal_tokens']:.1f}%" if "as_our_ar" in row else ""
+    return [
+        row["decoder"],
+        str(row["batch_size"]),
+        f"{row['first_ms']['median']:.1f}",
+        f"{rate['median']:.1f} ({rate['lowest']:.1f}..{rate['highest']:.1f})",
+        f"{whole['median']:.3f}",
+        f"{ratio['median']:.2f}",
+        f"{100 * row['equal_tokens']:.1f}%",
+        ours,
+    ]
+
+
+HEADER = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, as Transformers, as our AR"
 
 
 @click.command(help=__doc__)
 @cli.model_options
 @click.option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
 @click.option("--layers", type=click.IntRange(1), help="Cut the shape to so many layers.")
-@click.option("--batch-sizes", default="1,4", show_default=True, callback=cli.numbers(int))
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Random ones.")
+@click.option("--batch-sizes", default="1,4", show_default=True, callback=cli.numbers(int, 1))
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--ragged", is_flag=True, help="Prompts of unequal length.")
 @click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Of each answer.")
-@click.option("--tokens-per-pass", type=int, default=3, show_default=True, help="Of the block decoder.")
+@click.option("--tokens-per-pass", type=int, help="Of the block decoder  [default: 3 of random weights]")
 @click.option("--sub-block-size", default=Decoding.sub_block_size, show_default=True)
-@click.option(
-    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved; medians are shown."
-)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's]")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
-)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all here.")
 @cli.reports_mistakes
 def main(
-    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, prompt_tokens, new_tokens, rounds, threads, json_file,
-    **knobs,
+    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, prompt_tokens, ragged, new_tokens,
+    rounds, threads, json_file, **knobs,
 ):  # fmt: skip
     try:
         from transformers import __version__ as version
@@ -124,62 +177,47 @@ def main(
         raise InputError(
             "Transformers is not installed; pip install -r benchmarks/requirements.txt"
         ) from None
-    require(min(batch_sizes) > 0, "--batch-sizes are whole numbers of at least 1.")
     prepare(json_file, threads)
-    network, _ = build(model, shape, layers, device, dtype, adapter)
+    network, tokenizer = build(model, shape, layers, device, dtype, adapter)
+    if shape:  # random weights are sure of nothing
+        knobs["tokens_per_pass"] = knobs["tokens_per_pass"] or 3
     plain, weight = as_autoregressive(network), network.weight
+    if weight.is_cuda:
+        # cuDNN's attention plans each new shape for 55 ms to 1 s, and a growing cache is a new shape at each
+        # token: neither side should be measured with that
+        torch.backends.cuda.enable_cudnn_sdp(False)
     peer = as_transformers(plain)
     if packed:
         prepack(plain)
-        if adapter:
+        if adapter:  # its layers carry the adapter, so they are modules of their own
             prepack(network)
         else:
             network.model, network.lm_head = plain.model, plain.lm_head  # once for both ways to decode
-
-    def transformers(prompts: list[list[int]], count: int) -> list[list[int]]:
-        ids = torch.tensor(prompts, device=weight.device)
-        how = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
-        return peer.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, ids.shape[1] :].tolist()
+    recorded = {
+        id(each): RecordedPasses(each) if record and weight.is_cuda else None for each in (plain, network)
+    }
 
     def ours(model: Qwen2, prompts: list[list[int]], count: int, **how) -> list[list[int]]:
         decoding = Decoding(max_new_tokens=count, batch_size=len(prompts), stop_token_ids=(), **how)
-        return [result.tokens for result in generate(model, prompts, decoding)]
+        return [result.tokens for result in generate(model, prompts, decoding, recorded[id(model)])]
 
-    writers = {"transformers": transformers, "ar": partial(ours, plain)}
+    writers = {"transformers": as_peer(peer, weight.device), "ar": partial(ours, plain)}
     if network.config.mask_token_id is not None:
         writers["verify"] = partial(ours, network, verify=True)
     if network.config.block_size > 1:
         writers["block"] = partial(ours, network, **knobs)
-    batches = [random_prompts(network.config, size, prompt_tokens) for size in batch_sizes]
-    decoding = Decoding(max_new_tokens=new_tokens, **knobs).resolve(network.config)
+    batches = [make_prompts(network, tokenizer, size, prompt_tokens, ragged) for size in batch_sizes]
+    decoding = Decoding(max_new_tokens=new_tokens, **knobs if "block" in writers else {})
     for prompt in batches[0]:
-        check_prompt(prompt, decoding, network.config)
+        check_prompt(prompt, decoding.resolve(network.config), network.config)
+    about = {"random_weights": bool(shape), "adapter": adapter, "transformers": version}
+    about |= {"attention": peer.config._attn_implementation, "prepacked": plain.prepacked, "ragged": ragged}
+    about |= {"new_tokens": new_tokens, "rounds": rounds, **knobs}
     rows = []
     for prompts in tqdm(batches, unit="batch size"):
         rows += measure(writers, prompts, new_tokens, rounds, weight.device)
-
-    cells = []
-    for row in rows:
-        rate, whole, ratio = (row[k] for k in ("tokens_per_second", "seconds", "times_transformers"))
-        cells.append([row["decoder"], str(row["batch_size"]), f"{row['first_ms']['median']:.1f}"])
-        cells[-1] += [
-            f"{rate['median']:.1f} ({rate['lowest']:.1f}..{rate['highest']:.1f})",
-            f"{whole['median']:.3f}",
-        ]
-        cells[-1] += [
-            f"{ratio['median']:.2f}",
-            f"{100 * row['equal_tokens']:.1f}%" if "equal_tokens" in row else "",
-        ]
-    header = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, tokens as Transformers"
-    click.echo(table(header.split(", "), cells))
-    about = {
-        "random_weights": bool(shape),
-        "transformers": version,
-        "attention": peer.config._attn_implementation,
-    }
-    about |= {"prepacked": plain.prepacked, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    about |= {"rounds": rounds, **knobs}
-    write_report(json_file, shape or model, network, about | {"rows": rows})
+        write_report(json_file, shape or model, network, about | {"rows": rows})
+    click.echo(table(HEADER.split(", "), [cells(row) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python cli.py bench                                              # the shipped checkpoint
     python cli.py bench --shape 7b --batch-sizes 1,4,16 --json FILE  # random weights, 3 tokens a pass
 
-Every row of the table decodes the same prompts. Each is run once alone from an empty cache, for its memory, then all
-take turns: one round that is not counted, and `--rounds` that are; medians are reported with the lowest and highest.
+Every row of the table decodes the same prompts. Each is run once alone from an empty cache, for its memory. Then the
+rows of one batch size take turns: one round that is not counted, and `--rounds` that are; medians are reported with
+the lowest and highest, and the JSON is written after each batch size.
 A pass lasts from the end of the one before it to its own, so that passes add up to the whole and the host's work is in
 them. Rows that wait for windows of one width share a forward pass; where their kinds differ it is listed as "mixed".
 
@@ -18,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
@@ -383,34 +384,45 @@ def prepare(path: Path | None, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def measure(model: Qwen2, rows: list[Row], rounds: int, record: bool) -> bool:
-    """Fill in memory, results and rounds; false where Ctrl-C ended it early. Raises InputError where memory ends."""
+def measure(model: Qwen2, rows: list[Row], rounds: int, record: bool, report: Callable) -> bool:
+    """Fill in memory, then results and rounds of one batch size after the other; `report(machine)` after each.
+
+    False where Ctrl-C ended it early. Raises InputError where memory ends.
+    """
     bar = tqdm(total=len(rows) * (rounds + 2), unit="run")
+    machine, sizes = None, dict.fromkeys(row.decoding.batch_size for row in rows)
     try:
         for row in rows:
             row.memory = alone(model, row.prompts, row.decoding, record)
             bar.update()
+        # on a CPU its buffers count as memory of the process, so this comes after the rows' own memory
+        machine = limits(model.weight.device, model.weight.dtype, model.prepacked)
         recorded = RecordedPasses(model) if record else None
         if recorded:  # room for the largest row now: a cache that grows drops the recorded passes
             longest = max(len(prompt) + row.decoding.max_new_tokens for row in rows for prompt in row.prompts)
-            recorded.claim(model, max(row.decoding.batch_size for row in rows), longest + 64)
+            recorded.claim(model, max(sizes), longest + 64)
             recorded.release()
-        for number in range(rounds + 1):
-            taken = []
-            for row in rows:
-                row.results, calls = run(model, row.prompts, row.decoding, recorded)
-                taken.append(calls)
-                bar.update()
-            if number:  # the first one warms up
-                for row, calls in zip(rows, taken):
-                    row.rounds.append(calls)
+        for size in sizes:
+            group = [row for row in rows if row.decoding.batch_size == size]
+            for number in range(rounds + 1):
+                taken = []
+                for row in group:
+                    row.results, calls = run(model, row.prompts, row.decoding, recorded)
+                    taken.append(calls)
+                    bar.update()
+                if number:  # the first one warms up
+                    for row, calls in zip(group, taken):
+                        row.rounds.append(calls)
+            report(machine)
     except torch.OutOfMemoryError:
         size = row.decoding.batch_size
         raise InputError(f"The memory does not hold batch size {size}; give smaller --batch-sizes.") from None
     except KeyboardInterrupt:
         bar.close()
-        done = len(rows[-1].rounds)
-        click.echo(f"Interrupted: {done or 'none'} of {rounds} rounds measured.", err=True)
+        done = sum(bool(row.rounds) for row in rows)
+        click.echo(f"Interrupted: {done} of {len(rows)} rows measured.", err=True)
+        if done:
+            report(machine)
         return False
     finally:
         bar.close()
@@ -432,9 +444,7 @@ def bench(
     if packed:
         prepack(network)
     config, weight = network.config, network.weight
-    if (
-        shape and not thresholds
-    ):  # random weights are sure of nothing: at a threshold they write one token a pass
+    if shape and not thresholds:  # random weights are sure of nothing: at a threshold one token a pass
         tokens_per_pass = tokens_per_pass or [3]
     rules = [{"tokens_per_pass": n} for n in tokens_per_pass or []] or [
         {"threshold": t} for t in thresholds or [0.9]
@@ -456,18 +466,20 @@ def bench(
         rows += [Row(name, decoding, texts) for name, decoding in ways.items()]
         for prompt, decoding in product(texts, ways.values()):
             fastdllm.check_prompt(prompt, decoding, config)  # all of them, before anything runs
-    whole = measure(network, rows, rounds, record and weight.is_cuda)
-    if not rows[-1].rounds:
-        sys.exit(cli.INTERRUPTED)
-    prepacked = network.prepacked
-    machine = limits(
-        weight.device, weight.dtype, prepacked
-    )  # last: on a CPU its buffers would count as memory of the rows
-    ar = {row.decoding.batch_size: row for row in rows if row.decoder == "ar"}
-    summaries = [summary(row, ar.get(row.decoding.batch_size), machine) for row in rows]
-    click.echo(tables(summaries, machine, weight.device))
     about = {"random_weights": bool(shape), "prompt_kind": "problems" if problems else "random", "seed": seed}
-    about |= {"prepacked": prepacked, "rounds": len(rows[-1].rounds), "machine": machine}
-    write_report(json_file, shape or model, network, about | {"rows": summaries})
+    about |= {"prepacked": network.prepacked}
+    summaries = []
+
+    def report(machine: dict) -> None:
+        """The rows so far, as JSON: a run that is cut off leaves its figures."""
+        done = [row for row in rows if row.rounds]
+        ar = {row.decoding.batch_size: row for row in done if row.decoder == "ar"}
+        summaries[:] = [summary(row, ar.get(row.decoding.batch_size), machine) for row in done]
+        about["machine"], about["rounds"] = machine, min(len(row.rounds) for row in done)
+        write_report(json_file, shape or model, network, about | {"rows": summaries})
+
+    whole = measure(network, rows, rounds, record and weight.is_cuda, report)
+    if summaries:
+        click.echo(tables(summaries, about["machine"], weight.device))
     if not whole:
         sys.exit(cli.INTERRUPTED)
