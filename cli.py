@@ -956,6 +956,7 @@ def chat(model, adapter, device, dtype, packed, record, system, **knobs):
 
     Finished blocks stay in the cache from turn to turn, so that a turn runs only what is new. Ctrl-C stops an answer.
     """
+    require(sys.stdout, "Standard output is closed, so nobody could read an answer.")
     decoding = Decoding(**knobs)
     network, tokenizer, _ = open_model(model, adapter, device, dtype, packed, record)
     require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
