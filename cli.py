@@ -1,14 +1,18 @@
 """Command line of Fast-dLLM v2: `python cli.py generate --threshold 0.9 --block-size 32`."""
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import errno
 import functools
 import itertools
 import json
 import math
-import os
 import platform
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +21,6 @@ from dataclasses import asdict, fields, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 import click
 import torch
@@ -84,7 +85,9 @@ def reports_mistakes(command: Callable) -> Callable:
                 (f.name for f in fields(Decoding)), key=len, reverse=True
             ):  # as flags are written
                 sentence = re.sub(
-                    rf"(?<![\w-]){name}(?= (?:is|\d|does|reads|has))", "--" + name.replace("_", "-"), sentence
+                    rf"(?<![\w-]){name}(?= (?:is|or shorten|\d|does|reads|has))",
+                    "--" + name.replace("_", "-"),
+                    sentence,
                 )
             raise OneSentence(sentence) from None
         except OSError as error:
@@ -955,6 +958,7 @@ def chat(model, adapter, device, dtype, packed, record, system, **knobs):
 
     Finished blocks stay in the cache from turn to turn, so that a turn runs only what is new. Ctrl-C stops an answer.
     """
+    require(sys.stdout, "Standard output is closed, so nobody could read an answer.")
     decoding = Decoding(**knobs)
     network, tokenizer, _ = open_model(model, adapter, device, dtype, packed, record)
     require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
