@@ -1,0 +1,224 @@
+"""The trainer's layouts and the recipe's ablations, side by side.
+
+    python benchmarks/training.py layouts --shape 1.5b --seq-len 2048 --rows 1 --recompute
+    python benchmarks/training.py ablations --parent build/tiny/ar --data build/tiny/train.jsonl --work build/ablations
+
+`layouts`: tokens per second and memory of one training step. Two layouts of the same loss, [view 1 ; view 2 ; clean]
+(3L tokens) and two times [view ; clean] (4L, the original's), with the dense mask and with the attention that train.py
+chooses. Each runs in a process of its own, for its memory; all see the same rows, a third of them prompts, and must
+give the same loss.
+
+`ablations`: which parts of the recipe, and how much of it, buy what. Adapts the autoregressive parent anew for each row
+(six adaptations, about half an hour on one core; started again, it goes on where it stopped), evaluates each on
+held-out problems, and writes benchmarks/results/ablations.json. All use one seed, so differences of a standard error
+or two are noise; none is trained to its end.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from speed import build  # noqa: E402
+
+import cli  # noqa: E402
+
+
+@click.group(help=__doc__)
+def main():
+    pass
+
+
+# --- Layouts ---
+
+WAYS = {  # name: (layout, attention)
+    "3L, chosen attention": ("3L", "auto"),
+    "3L, dense mask": ("3L", "dense"),
+    "4L, chosen attention": ("4L", "auto"),
+    "4L, dense mask (the original's)": ("4L", "dense"),
+}
+
+
+def peak_mib(device: torch.device) -> float:
+    """Largest memory so far: of the device, or of the process where that is the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure(
+    way: str, model: str, shape: str | None, device: str, rows: int, seq_len: int, steps: int, recompute: bool
+):
+    """Loss, tokens per second (median of the steps), and memory beyond the weights and their gradients, of one way."""
+    from train import Objective, complementary_noise, distribute, training_loss
+
+    layout, attention = WAYS[way]
+    network, _ = build(model, shape, None, device, "float32")
+    network.requires_grad_(True)
+    distribute(Objective(network, True, "block", ["diffusion"], torch.bfloat16), "ddp", recompute)
+    where = network.lm_head.weight.device
+    generator = torch.Generator().manual_seed(0)
+    size = network.config.block_size
+    tokens = torch.randint(network.config.mask_token_id, (rows, seq_len), generator=generator)
+    trainable = (torch.arange(seq_len) >= seq_len // 3).expand(rows, -1)
+    masked = complementary_noise(trainable, size, generator)
+    if layout == "4L":
+        tokens, masked, trainable = (
+            tokens.repeat(2, 1),
+            torch.cat([masked, trainable & ~masked]),
+            trainable.repeat(2, 1),
+        )
+    tokens, masked, trainable = (x.to(where) for x in (tokens, masked, trainable))
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    before, seconds = peak_mib(where), []
+    if where.type == "cuda":  # what building the model took does not count
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where) / 2**20
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        with torch.autocast(where.type, torch.bfloat16):
+            loss = training_loss(network, tokens, trainable, size, masked, None, layout == "3L", attention)
+        loss.backward()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    found = {"loss": loss.item(), "tokens_per_second": rows * seq_len / statistics.median(seconds[1:])}
+    found["memory_mib"] = peak_mib(where) - before
+    if where.type == "cuda" and attention == "auto":
+        from fast import sparse_mask
+        from train import visibility
+
+        views = 2 if layout == "3L" else 1
+        tiles = sparse_mask(
+            visibility(seq_len, size, views, None, "block"), None, (views + 1) * seq_len, where
+        )
+        found["tiles_skipped_percent"] = tiles.sparsity()
+    return found
+
+
+@main.command()
+@click.option("--model", default=str(cli.SHIPPED), help="Checkpoint.")
+@click.option("--shape", help="Random weights instead: 0.5b, 1.5b or 7b.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--rows", default=16, show_default=True)
+@click.option("--seq-len", default=192, show_default=True)
+@click.option("--steps", default=5, show_default=True)
+@click.option("--recompute", is_flag=True, help="Keep only the layers' inputs for the backward pass.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write the results here.")
+@click.option("--one", hidden=True, type=click.Choice(list(WAYS)))
+def layouts(threads, target, one, **how):
+    """What the trainer's choices cost: tokens per second and memory of one training step."""
+    torch.set_num_threads(threads)
+    if one:
+        return click.echo(json.dumps(measure(one, **how)))
+    rows = []
+    for way in WAYS:
+        run = subprocess.run([sys.executable, *sys.argv, "--one", way], capture_output=True, text=True)
+        if run.returncode:
+            rows.append({"way": way, "failed": run.stderr.strip().splitlines()[-1]})  # memory, most likely
+            click.echo(f"{way:<34}{rows[-1]['failed']}")
+            continue
+        rows.append({"way": way} | json.loads(run.stdout))
+        found = rows[-1]
+        click.echo(f"{way:<34}{found['tokens_per_second']:10,.0f} tokens/s {found['memory_mib']:9,.0f} MiB")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    click.echo(f"losses agree to {max(losses) - min(losses):.1e}")
+    if target:
+        how["model"] = os.path.relpath(how["model"])
+        target.write_text(json.dumps(cli.environment() | how | {"rows": rows}, indent=1) + "\n")
+
+
+# --- Ablations ---
+
+RECIPE = {"seq-len": 192, "batch-size": 18, "micro-batch": 18, "lr": 2e-3, "warmup": 30, "schedule": "cosine"}
+STEPS = 300
+ALONE = {"packing": "concatenated", "complement": False}
+ROWS = {  # name: what differs from RECIPE
+    "all of it": {"ar-weight": 0.5},
+    "without the causal loss": {},
+    "original packing (documents see each other)": {"packing": "original"},
+    "original packing, without the complementary view": {"packing": "original", "complement": False},
+    "token shift alone (no padding either)": ALONE,
+    "all of it, a third of the data": {"ar-weight": 0.5, "steps": STEPS // 3},
+}
+DECODERS = {
+    "ar": ["--block-size", "1"],
+    "threshold 1": ["--threshold", "1"],
+    "threshold 0.9": ["--threshold", "0.9"],
+    "threshold 0.9, sub-block 32": ["--threshold", "0.9", "--sub-block-size", "32"],
+}
+
+
+def flags(options: dict) -> list[str]:
+    named = lambda k, v: [f"--{k}" if v else f"--no-{k}"] if type(v) is bool else [f"--{k}", str(v)]
+    return [part for key, value in options.items() for part in named(key, value)]
+
+
+def run(script: str, *arguments, **how) -> subprocess.CompletedProcess:
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)], check=True, env=threads, **how
+    )
+
+
+@main.command()
+@click.option(
+    "--parent", required=True, type=click.Path(exists=True, path_type=Path), help="Autoregressive model."
+)
+@click.option(
+    "--data", required=True, type=click.Path(exists=True, path_type=Path), help="Training problems."
+)
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for the adaptations.")
+@click.option("--count", default=400, show_default=True, help="Held-out problems.")
+@click.option(
+    "--out", default=ROOT / "benchmarks" / "results" / "ablations.json", type=click.Path(path_type=Path)
+)
+def ablations(parent, data, work, count, out):
+    """Which parts of the training recipe, and how much of it, buy what."""
+    work.mkdir(parents=True, exist_ok=True)
+    found = {
+        "command": " ".join(["python", "benchmarks/training.py ablations", f"--count {count}"]),
+        **cli.environment(),
+    }
+    found |= {"seed": 0, "recipe": RECIPE | {"steps": STEPS}, "rows": []}
+    for name, changes in ROWS.items():
+        options = RECIPE | {"steps": STEPS, "seed": 0, "device": "cpu"} | changes
+        folder = work / name.replace(" ", "_").replace(",", "").replace("(", "").replace(")", "")
+        tokens = work / "tokens"  # tokenised once for all
+        source = tokens if tokens.exists() else data
+        if not (folder / "model.safetensors").exists():
+            run("train.py", "adapt", "--model", parent, "--data", source, "--out", folder, *flags(options))
+            if (folder / "tokens").exists() and not tokens.exists():
+                os.rename(folder / "tokens", tokens)
+        row = {
+            "name": name,
+            "changes": changes,
+            "tokens": options["steps"] * RECIPE["batch-size"] * RECIPE["seq-len"],
+        }
+        for decoder, how in DECODERS.items():
+            record = folder / f"{decoder.replace(' ', '_')}.json"
+            if not record.exists():
+                line = "eval", "--model", folder, "--count", count, "--max-new-tokens", 128, "--json", *how
+                record.write_text(run("cli.py", *line, stdout=subprocess.PIPE, text=True).stdout)
+            score = json.loads(record.read_text())
+            row[decoder] = {key: score[key] for key in ("accuracy", "standard_error", "tokens_per_forward")}
+        found["rows"].append(row)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        cells = [f"{100 * row[d]['accuracy']:5.1f}% {row[d]['tokens_per_forward']:5.2f}" for d in DECODERS]
+        click.echo(f"{name:<50}" + "   ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
