@@ -57,8 +57,8 @@ with suppress(ImportError):  # a history and editing keys for `input`, where the
 VERSION = "2.0"
 SHIPPED = Path(__file__).parent / "tiny" / "checkpoint"
 SAMPLE = (
-    "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She shares them "
-    "equally among 6 friends. How many cards does each friend get?"
+    "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She shares "
+    "them equally among 6 friends. How many cards does each friend get?"
 )
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
@@ -228,7 +228,8 @@ def numbers(kind: type, low: float = -math.inf, high: float = math.inf) -> Calla
         except ValueError:
             pass
         raise OneSentence(
-            f"--{parameter.name.replace('_', '-')} is {text!r:.80}; give numbers from {low:g} to {high:g} with commas."
+            f"--{parameter.name.replace('_', '-')} is {text!r:.80}; "
+            f"give numbers from {low:g} to {high:g} with commas."
         )
 
     return parse
@@ -240,7 +241,7 @@ def numbers(kind: type, low: float = -math.inf, high: float = math.inf) -> Calla
 def encode_prompt(
     record: dict, tokenizer: Tokenizer | None, system: str | None = None, raw: bool = False
 ) -> list[int]:
-    """Token ids of a record with `prompt_ids`, `messages` or `prompt`. Raises InputError for anything else."""
+    """Token ids of a record with `prompt_ids`, `messages` or `prompt`, or InputError for anything else."""
     if "prompt_ids" in record:
         require(isinstance(record["prompt_ids"], list), "prompt_ids must be a list of integers.")
         require(not raw and system is None, "--raw and --system are for text, not for token ids.")
@@ -269,7 +270,7 @@ def encode_prompt(
 def encode_prompts(
     records: dict[str, dict], tokenizer, decoding: Decoding, config: Config, **how
 ) -> list[list[int]]:
-    """Checked token ids of records, by the place they are from ("": none). Raises InputError that names it."""
+    """Checked token ids of records, by their place ("": none), which a mistake names."""
     prompts = []
     for place, record in records.items():
         try:
@@ -280,7 +281,7 @@ def encode_prompts(
 
 
 def read_jsonl(path: str) -> dict[str, dict]:
-    """The objects of a JSONL file ("-": standard input), by their place. Raises InputError for a broken line."""
+    """The objects of a JSONL file ("-": stdin), by their place. Raises InputError for a broken line."""
     with click.open_file(path, "rb") as file:
         records = parse_jsonl(file.read(), path)
     require(records, f"{path}: holds no records.")
@@ -309,7 +310,7 @@ def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
 
 
 def report(result: Result, prompt: list[int], tokenizer: Tokenizer | None) -> dict:
-    """What there is to say about one answer; tokens are counted through the stop token, without the prompt."""
+    """The facts of one answer; tokens are counted through the stop token, without the prompt."""
     return {
         "text": tokenizer.decode(result.tokens) if tokenizer else None,
         "token_ids": result.tokens,
@@ -330,10 +331,9 @@ def rates(results: list[Result], seconds: float | None = None) -> dict:
 
 def summary_line(tokens: int, found: dict) -> str:
     """What `rates` found in words, and the finish reason where there is one."""
-    line = f"{tokens} tokens in {found['forward_passes']} forward passes: {found['tokens_per_forward']:.2f} tokens per "
-    line += "forward" + (
-        f", {found['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in found else ""
-    )
+    line = f"{tokens} tokens in {found['forward_passes']} forward passes: "
+    line += f"{found['tokens_per_forward']:.2f} tokens per forward"
+    line += f", {found['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in found else ""
     return line + (f", {found['finish_reason']}" if "finish_reason" in found else "")
 
 
@@ -364,8 +364,10 @@ def note_of_options(model: Qwen2, decoding: Decoding) -> None:
     elif size == 1 and trained > 1 and not decoding.verify:
         click.echo("Note: block size 1 decodes autoregressively, one token per pass.", err=True)
     elif size not in (1, trained):
-        note = f"Note: the checkpoint was trained with block size {trained}; another one costs accuracy (paper, 1.5B, "
-        click.echo(note + "GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2).", err=True)
+        note = f"Note: the checkpoint was trained with block size {trained}; another one costs accuracy "
+        click.echo(
+            note + "(paper, 1.5B, GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2).", err=True
+        )
 
 
 # --- generate ---
@@ -429,7 +431,8 @@ def cli():
 )
 @reports_mistakes
 def generate(
-    prompt, model, adapter, device, dtype, packed, record, system, raw, prompt_ids, source, target, as_json, live, delay,
+    prompt, model, adapter, device, dtype, packed, record, system, raw, prompt_ids, source, target, as_json, live,
+    delay,
     trace, **knobs,
 ):  # fmt: skip
     """Answer PROMPT, or what is piped in, or a sample problem.
@@ -675,10 +678,11 @@ def evaluate(
     as_json,
     **knobs,
 ):
-    """Accuracy on PROBLEMS, JSONL with `question` (or `messages`) and `answer`; default: the shipped held-out set.
+    """Accuracy on PROBLEMS, JSONL with `question` (or `messages`) and `answer`; default: the shipped held-out
+    set.
 
-    The answer is the last \\boxed{}, else what follows the last ####, else the last number. With --output, a run that
-    was broken off goes on where it stopped.
+    The answer is the last \\boxed{}, else what follows the last ####, else the last number. With --output, a
+    run that was broken off goes on where it stopped.
     """
     decoding = Decoding(**knobs)
     require(
@@ -747,14 +751,16 @@ def evaluate(
 @options(Decoding, "batch_size", "max_new_tokens", batch_size={"default": 1})
 @reports_mistakes
 def sweep(
-    problems, model, adapter, device, dtype, packed, record, thresholds, block_sizes, sub_block_sizes, caches, count,
+    problems, model, adapter, device, dtype, packed, record, thresholds, block_sizes, sub_block_sizes, caches,
+    count,
     instruction, max_drop, as_json, **knobs,
 ):  # fmt: skip
-    """Accuracy and speed of thresholds x block sizes x sub-block sizes x caches, beside AR of the same weights.
+    """Accuracy and speed of thresholds x block sizes x sub-block sizes x caches, beside AR of the same
+    weights.
 
-    A row marked * is beaten by no other in both accuracy and speed. Answers are paired with AR's problem by problem.
-    A choice is recommended if with 95% confidence it loses no more than --max-drop points. AUP is a score without
-    hardware: the area under accuracy against tokens per forward.
+    A row marked * is beaten by no other in both accuracy and speed. Answers are paired with AR's problem by
+    problem. A choice is recommended if with 95% confidence it loses no more than --max-drop points. AUP is a
+    score without hardware: the area under accuracy against tokens per forward.
     """
     require(not math.isnan(max_drop), "--max-drop is nan; give points of accuracy, like 1.")
     problems = read_problems(problems, count, instruction, read_jsonl)
@@ -838,8 +844,8 @@ def flags_of(row: dict) -> str:
         return "--verify"
     if row["block_size"] == 1:
         return "--block-size 1"
-    flags = "--threshold {threshold:g} --block-size {block_size} --sub-block-size {sub_block_size} --cache {cache}"
-    return flags.format(**row)
+    flags = "--threshold {threshold:g} --block-size {block_size} --sub-block-size {sub_block_size}"
+    return f"{flags} --cache {{cache}}".format(**row)
 
 
 # --- bench and info ---
@@ -956,7 +962,8 @@ CHAT_HELP = "Commands: /clear, /system TEXT, /stats, /save FILE, /help, /quit."
 def chat(model, adapter, device, dtype, packed, record, system, **knobs):
     """Talk with a model: /clear, /system TEXT, /stats, /save FILE, /help, /quit.
 
-    Finished blocks stay in the cache from turn to turn, so that a turn runs only what is new. Ctrl-C stops an answer.
+    Finished blocks stay in the cache from turn to turn, so that a turn runs only what is new. Ctrl-C stops an
+    answer.
     """
     require(sys.stdout, "Standard output is closed, so nobody could read an answer.")
     decoding = Decoding(**knobs)
@@ -981,7 +988,7 @@ class Chat:
         self.messages, self.memory, self.results, self.seconds = [], Memory(), [], 0.0
 
     def run(self) -> None:
-        """Read lines until /quit or the end of the input; Ctrl-C ends a line or an answer, never the program."""
+        """Read lines until /quit or the input ends; Ctrl-C ends a line or an answer, never the program."""
         begin = ""
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # an invalid byte spoils its own line only

@@ -1,7 +1,7 @@
 """What changes speed and never the method: prepacked weights, recorded passes, and training attention.
 
-    model = prepack(load(folder)[0])                            # CPUs: weights in the order of oneDNN's products
-    generate(model, prompts, decoding, RecordedPasses(model))   # CUDA: a pass is one launch
+    model = prepack(load(folder)[0])                           # CPUs: weights in oneDNN's order
+    generate(model, prompts, decoding, RecordedPasses(model))  # CUDA: a pass is one launch
 
 `fastdllm.py` never imports this file. Shapes as there.
 """
@@ -228,7 +228,7 @@ class RecordedPasses:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`grouped_attention` in plain products, with a bool mask (B or 1, T, S): 5 times as fast backward on CPUs."""
+    """`grouped_attention` in plain products, with a bool mask (B or 1, T, S); its backward is fast on CPUs."""
     B, H, T, d = q.shape
     K = k.shape[1]  # query heads of one key head are more rows of the same product
     scores = ((q * d**-0.5).reshape(B, K, -1, d) @ k.transpose(2, 3)).float()
@@ -254,9 +254,9 @@ def blockwise_attention(
     """What `train.training_mask` allows, computed block by block, so that few queries meet a key that they
     cannot see.
 
-    The masks (B or 1, L, L) say what a clean query sees of the clean copy, and what a noisy query sees of it with
-    its own view's block in place of the clean one; None where blocks alone decide. With n blocks this is about
-    (n + 1) / (2 n) / (views + 1) of the dense mask's work.
+    The masks (B or 1, L, L) say what a clean query sees of the clean copy, and what a noisy query sees of it
+    with its own view's block in place of the clean one; None where blocks alone decide. With n blocks this is
+    about (n + 1) / (2 n) / (views + 1) of the dense mask's work.
     """
     into_rows = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)
     noisy_q, noisy_k, noisy_v = (

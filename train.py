@@ -369,7 +369,7 @@ def read_documents(
 
 
 class Corpus:
-    """Tokenised documents: all tokens in a row, which of them are trainable, and where each document begins."""
+    """Tokenised documents: all tokens, which of them are trainable, and where each document begins."""
 
     def __init__(self, tokens: np.ndarray, trainable: np.ndarray, offsets: np.ndarray):
         self.tokens, self.trainable, self.offsets = tokens, trainable, offsets
@@ -645,7 +645,7 @@ class Objective(nn.Module):
         )
 
     def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Sum of the cross entropies and number of right predictions of each kind of loss, diffusion or ar."""
+        """Sum of cross entropies and number of right predictions of each kind of loss, diffusion or ar."""
         model, data, found = self.model, (batch.tokens, batch.trainable), {}
         # FSDP2 has cast the weights to the compute dtype already; autocast would cast again, and norms to
         # float32
@@ -731,7 +731,7 @@ def file_hash(path: Path) -> str:
 
 
 def state_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and AdamW's state by name, the tensors themselves; what the optimiser lacks is made, as zeros."""
+    """Weights and AdamW's state by name, the tensors themselves; state that is not there yet is zeros."""
     found = {}
     for name, p in objective.named_parameters():
         name = name.removeprefix("module.")  # DDP's
@@ -766,7 +766,7 @@ def same_run(out: Path, run: dict) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """The folder for this run alone. Raises InputError where another run has it; a killed run leaves no lock."""
+    """The folder for this run alone, else InputError; a killed run leaves no lock."""
     out.mkdir(parents=True, exist_ok=True)
     if rank() > 0:
         yield
@@ -1123,8 +1123,10 @@ class Trainer:
                     documents = sorted({document for row in rows for document, _, _ in row})
                     some = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
                     raise InputError(
-                        f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm}); its batch "
-                        f"holds documents {some} (of the tokenised data, from 0). Of checkpoints, {last_good(out)}; a "
+                        f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm}); its "
+                        "batch "
+                        f"holds documents {some} (of the tokenised data, from 0). Of checkpoints, "
+                        f"{last_good(out)}; a "
                         "lower --lr may help."
                     )
                 for group in self.optimizer.param_groups:
@@ -1465,7 +1467,7 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
         by = [f"output {i - 1} of view {n}" for n, masked in enumerate(views, 1) if masked[i] and targets[i]]
         yield f"{i:>8}  {text[i]:<16}{states}{by[0] if by else '-'}"
     blocks = min(how.seq_len // size, 12)
-    yield f"\nWho sees whom, block by block ({blocks} of {how.seq_len // size}); a row is a query, a column a key:"
+    yield f"\nWhich block sees which ({blocks} of {how.seq_len // size}); a row is a query, a column a key:"
     at = [part * how.seq_len + block * size for part in range(1 + len(views)) for block in range(blocks)]
     first_of = torch.tensor(at)  # a block's first position sees what all of it see
     mask = visibility(how.seq_len, size, len(views), batch.documents, how.clean)(

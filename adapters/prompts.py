@@ -2,9 +2,10 @@
 
     python adapters/prompts.py --maths gsm8k_train.jsonl.gz --tasks mbpp_train.jsonl > prompts.jsonl
 
-prints one JSON object with `prompt` per line, in a fixed random order, so that any beginning of it is a sample of the
-whole. Functions to complete are signatures and docstrings of Python's standard library and numpy: they ask as
-HumanEval does, without its problems. The model's own answers to the prompts are what an adapter learns from.
+prints one JSON object with `prompt` per line, in a fixed random order, so that any beginning of it is a
+sample of the whole. Functions to complete are signatures and docstrings of Python's standard library and
+numpy: they ask as HumanEval does, without its problems. The model's own answers to the prompts are what an
+adapter learns from.
 """
 
 import gzip
@@ -22,7 +23,8 @@ from pathlib import Path
 import click
 
 # EvalPlus's wording for chat models
-TASK = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
+TASK = "Please provide a self-contained Python script that solves the following problem in a markdown code "
+TASK += "block:"
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:

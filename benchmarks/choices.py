@@ -1,12 +1,12 @@
 """Which choices make one pass faster, and what loading costs: milliseconds and memory, as JSON.
 
-    python benchmarks/choices.py cpu --shape 0.5b --json FILE       # dtypes, threads, prepacked, joined, compiled
-    python benchmarks/choices.py cuda --shape 7b --json FILE        # eager and recorded passes, cuDNN on and off
-    python benchmarks/choices.py profile --shape 7b --json FILE     # kernels of one pass
+    python benchmarks/choices.py cpu --shape 0.5b --json FILE       # dtypes, threads, prepacked, joined,
+    compiled python benchmarks/choices.py cuda --shape 7b --json FILE        # eager and recorded passes,
+    cuDNN on and off python benchmarks/choices.py profile --shape 7b --json FILE     # kernels of one pass
     python benchmarks/choices.py memory --shape 1.5b --json FILE    # peak memory and time of loading
 
-`cpu` and `cuda` run windows of 1 token (AR), 8 (a sub-block) and 32 (a block) against a full cache, without the
-head. Medians of rounds in which all ways take turns. The ways:
+`cpu` and `cuda` run windows of 1 token (AR), 8 (a sub-block) and 32 (a block) against a full cache, without
+the head. Medians of rounds in which all ways take turns. The ways:
 
 products        the matrix products of the pass alone; the rest of a pass is attention and small operations
 eager           each operation launched by itself
@@ -201,7 +201,9 @@ SMALL = (fastdllm.RMSNorm, "forward"), (fastdllm, "rotate")  # which read and wr
 @click.option("--seconds", default=0.5, show_default=True, help="To measure each.")
 @json_option
 def cuda(shape, layers, batch_sizes, device, seconds, target):
-    """Ways to make a recorded pass faster, against 1,280 positions, and each one's share of the machine's limit."""
+    """Ways to make a recorded pass faster, against 1,280 positions, and each one's share of the machine's
+    limit.
+    """
     seen = 1280
     model, _ = build(str(cli.SHIPPED), shape, layers, device, "bfloat16")
     where, rows = model.weight.device, {}
@@ -248,7 +250,7 @@ def cuda(shape, layers, batch_sizes, device, seconds, target):
 @click.option("--device", default="cuda", show_default=True)
 @json_option
 def profile(shape, layers, device, target):
-    """Kernels of one pass at 1 and 32 tokens, by name and time; on CUDA also time and memory of recording it."""
+    """Kernels of a pass of 1 and 32 tokens, by name and time; on CUDA also what recording it takes."""
     model, _ = build(str(cli.SHIPPED), shape, layers, device, "bfloat16")
     where, found = model.weight.device, []
     activity = torch.profiler.ProfilerActivity

@@ -11,7 +11,8 @@ from fastdllm import Result, Tokenizer, require
 
 PAPER_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # for GSM8K and MATH
 
-SYMBOLS = {"−": "-", "π": r"\pi ", "∞": r"\infty ", "×": r"\times", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge "}
+SYMBOLS = {"−": "-", "π": r"\pi ", "∞": r"\infty ", "×": r"\times", "∪": r"\cup "}
+SYMBOLS |= {"≤": r"\le ", "≥": r"\ge "}
 REWRITES = [  # of LaTeX, in order
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r",\\!\s*|\{,\}", ","),  # 10,\!080 and 10{,}080
@@ -42,7 +43,7 @@ def final_answer(text: str) -> str | None:
 
 
 def find_answer(text: str) -> tuple[str | None, str | None]:
-    """`final_answer` and where it is: in the last \\boxed{}, else after the last ####, else the last number."""
+    """`final_answer` and its place: in the last \\boxed{}, else after the last ####, else the last number."""
     for box in reversed([*re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])", text)]):
         inside = argument(text, box.end())
         if inside and (answer := normalised(inside[0])).strip("{}"):  # some repeat an empty box
@@ -169,8 +170,9 @@ def aup(points: Iterable[tuple[float, float]], best: float | None = None) -> flo
     """Accuracy under parallelism of pairs (tokens per forward, accuracy in percent); d3LLM, ICML 2026.
 
     With the pairs (r, y) sorted by r: the first r y, plus the area under y W(y) by trapezoids. The weight
-    W(y) = min(exp(3 (y / best - 1)), 1) punishes accuracy below the `best` (default: of these pairs), and pairs
-    more than 5 points below the first do not count. Four tokens per forward without loss have 4 times AR's.
+    W(y) = min(exp(3 (y / best - 1)), 1) punishes accuracy below the `best` (default: of these pairs), and
+    pairs more than 5 points below the first do not count. Four tokens per forward without loss have 4 times
+    AR's.
     """
     points = sorted(points)
     points = [(r, y) for r, y in points if y >= points[0][1] - 5]
@@ -181,7 +183,7 @@ def aup(points: Iterable[tuple[float, float]], best: float | None = None) -> flo
 
 
 def binomial_bound(k: int, n: int, alpha: float = 0.025) -> float:
-    """Upper bound of a probability after k successes in n trials (Clopper-Pearson), at confidence 1 - alpha."""
+    """Clopper and Pearson's upper bound of a probability after k of n successes, at confidence 1 - alpha."""
     if k >= n:
         return 1.0
     low, high = k / n, 1.0
@@ -197,9 +199,10 @@ def binomial_bound(k: int, n: int, alpha: float = 0.025) -> float:
 def paired_drop(ar: list[bool], own: list[bool], most: float) -> dict:
     """How much accuracy a decoder loses against AR on the same problems, with its upper bound at 95%.
 
-    Only problems that one of the two gets right count: the drop is (lost - gained) / n, and its bound is the upper
-    bound of the lost share less the lower bound of the gained share, each at 97.5%. `problems_needed`: how many
-    problems with such shares would bring the bound to `most`; None where it is there, or where the drop exceeds it.
+    Only problems that one of the two gets right count: the drop is (lost - gained) / n, and its bound is the
+    upper bound of the lost share less the lower bound of the gained share, each at 97.5%. `problems_needed`:
+    how many problems with such shares would bring the bound to `most`; None where it is there, or where the
+    drop exceeds it.
     """
     n, lost, gained = (
         len(ar),
@@ -218,8 +221,8 @@ def paired_drop(ar: list[bool], own: list[bool], most: float) -> dict:
 def score_line(found: dict) -> str:
     speed = found["tokens_per_second"]
     return (
-        f"{100 * found['accuracy']:.1f}% (standard error {100 * found['standard_error']:.1f}) of {found['problems']} "
-        f"problems, {found['tokens_per_forward']:.2f} tokens per forward"
+        f"{100 * found['accuracy']:.1f}% (standard error {100 * found['standard_error']:.1f}) "
+        f"of {found['problems']} problems, {found['tokens_per_forward']:.2f} tokens per forward"
         + (f", {speed:.1f} tokens/s" if speed else "")
         + f", {100 * found['stopped_by_length']:.1f}% stopped by length"
     )

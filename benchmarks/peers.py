@@ -4,15 +4,16 @@
     python benchmarks/peers.py --shape 0.5b --batch-sizes 1,4 --json FILE
     python benchmarks/peers.py --model FOLDER --adapter FOLDER --batch-sizes 1,4,16,32 --ragged --json FILE
 
-Transformers runs as its users run it: `generate`, greedy, with its defaults. Its network shares our tensors; on
-a CPU ours are prepacked beside them, so memory holds the weights twice. Each decoder writes exactly
-`--new-tokens` tokens. Rounds are interleaved after a warm-up; medians are reported with the lowest and highest.
-"First" is the time of a run that writes one token, and tokens/s is of what comes after it. The share of equal
-tokens counts those before the first difference of an answer and after it: rounding can part two kernels at a tie.
+Transformers runs as its users run it: `generate`, greedy, with its defaults. Its network shares our tensors;
+on a CPU ours are prepacked beside them, so memory holds the weights twice. Each decoder writes exactly
+`--new-tokens` tokens. Rounds are interleaved after a warm-up; medians are reported with the lowest and
+highest. "First" is the time of a run that writes one token, and tokens/s is of what comes after it. The share
+of equal tokens counts those before the first difference of an answer and after it: rounding can part two
+kernels at a tie.
 
-With a tokenizer the prompts are word problems in the chat format, repeated up to `--prompt-tokens`; else random ids.
-`--ragged` makes them of unequal length, from a quarter of `--prompt-tokens` up; Transformers pads on the left.
-The JSON is written after each batch size.
+With a tokenizer the prompts are word problems in the chat format, repeated up to `--prompt-tokens`; else
+random ids. `--ragged` makes them of unequal length, from a quarter of `--prompt-tokens` up; Transformers pads
+on the left. The JSON is written after each batch size.
 """
 
 import sys
@@ -32,7 +33,7 @@ from speed import build, prepare, random_prompts, spread, table, wait, write_rep
 
 import cli  # noqa: E402
 from fast import RecordedPasses, prepack  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate, require  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate  # noqa: E402
 from fastdllm import unparse_config as raw_config  # noqa: E402
 
 
@@ -75,7 +76,9 @@ def as_peer(peer, device: torch.device) -> Callable:
 def make_prompts(
     model: Qwen2, tokenizer: Tokenizer | None, count: int, length: int, ragged: bool
 ) -> list[list[int]]:
-    """Prompts of `length` tokens, or with `ragged` of lengths spread evenly from a quarter of it to all of it."""
+    """Prompts of `length` tokens, or with `ragged` of lengths spread evenly from a quarter of it to all of
+    it.
+    """
     quarter = max(1, length // 4)
     lengths = [length - (length - quarter) * i // max(1, count - 1) * ragged for i in range(count)]
     if tokenizer is None:
@@ -167,7 +170,8 @@ HEADER = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, 
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all here.")
 @cli.reports_mistakes
 def main(
-    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, prompt_tokens, ragged, new_tokens,
+    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, prompt_tokens, ragged,
+    new_tokens,
     rounds, threads, json_file, **knobs,
 ):  # fmt: skip
     try:

@@ -1,10 +1,11 @@
-"""The paper's figures, remade with the shipped checkpoint on a laptop: six figures as SVG, their data as JSON.
+"""The paper's figures, remade with the shipped checkpoint on a laptop: six figures as SVG, their data as
+JSON.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/reproduce.py
 
-Accuracy is of held-out problems; speed is decoding of the same weights by the same code, AR (block size 1) included,
-rounds interleaved, medians reported. Run it on a machine that does nothing else.
+Accuracy is of held-out problems; speed is decoding of the same weights by the same code, AR (block size 1)
+included, rounds interleaved, medians reported. Run it on a machine that does nothing else.
 """
 
 import json
@@ -62,7 +63,9 @@ class Bench:
         return cli.scores([cli.verdict(p, r, self.tokenizer) for p, r in zip(self.problems, results)])
 
     def speeds(self, ways: dict, count: int) -> dict[object, dict]:
-        """Tokens per second of several ways to decode the first prompts: rounds interleaved, median and range."""
+        """Tokens per second of several ways to decode the first prompts: rounds interleaved, median and
+        range.
+        """
         found = {name: [] for name in ways}
         for decoding in ways.values():
             generate(self.model, self.prompts[: decoding.batch_size], decoding)

@@ -3,15 +3,15 @@
     python cli.py bench                                              # the shipped checkpoint
     python cli.py bench --shape 7b --batch-sizes 1,4,16 --json FILE  # random weights, 3 tokens a pass
 
-Every row of the table decodes the same prompts. Each is run once alone from an empty cache, for its memory. Then the
-rows of one batch size take turns: one round that is not counted, and `--rounds` that are; medians are reported with
-the lowest and highest, and the JSON is written after each batch size.
-A pass lasts from the end of the one before it to its own, so that passes add up to the whole and the host's work is in
-them. Rows that wait for windows of one width share a forward pass; where their kinds differ it is listed as "mixed".
+Every row of the table decodes the same prompts. Each is run once alone from an empty cache, for its memory.
+Then the rows of one batch size take turns: one round that is not counted, and `--rounds` that are; medians
+are reported with the lowest and highest, and the JSON is written after each batch size. A pass lasts from the
+end of the one before it to its own, so that passes add up to the whole and the host's work is in them. Rows
+that wait for windows of one width share a forward pass; where their kinds differ it is listed as "mixed".
 
-The machine's limit for a pass is the longer of two times: of the bytes that must move, at the rate of a large copy,
-and of the operations that must be done, at the rate of a large matrix product, both measured in the same run. What fits
-into a processor's own cache can beat it.
+The machine's limit for a pass is the longer of two times: of the bytes that must move, at the rate of a large
+copy, and of the operations that must be done, at the rate of a large matrix product, both measured in the
+same run. What fits into a processor's own cache can beat it.
 """
 
 import gc
@@ -85,7 +85,7 @@ def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0)
 def build(
     model: str, shape: str | None, layers: int | None, device: str, dtype: str, adapter: str | None = None
 ):
-    """(model, tokenizer) of a checkpoint, or of a shape with random weights: bfloat16 on CUDA, else float32."""
+    """Model and tokenizer of a checkpoint, or random weights of a shape: bfloat16 on CUDA, else float32."""
     require(
         not (shape and model != str(cli.SHIPPED)),
         "--shape and --model exclude one another; give one of them.",
@@ -144,9 +144,10 @@ def visible(start: int, stop: int, block_size: int) -> int:
 def cost(config: Config, itemsize: int, passes: Sequence[Pass], block_size: int) -> tuple[int, int]:
     """Bytes that one forward pass over these windows must move, and operations that it must do.
 
-    Bytes: every weight once, without the embedding's few rows, and the head only where something is guessed; each slot
-    of the cache that a window reads or writes, once. Operations: two for each weight of a matrix and each token (of the
-    head: each guessed token), and four for each coordinate of a query head and each key that it sees.
+    Bytes: every weight once, without the embedding's few rows, and the head only where something is guessed;
+    each slot of the cache that a window reads or writes, once. Operations: two for each weight of a matrix
+    and each token (of the head: each guessed token), and four for each coordinate of a query head and each
+    key that it sees.
     """
     D, L = config.hidden_size, config.num_hidden_layers
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -204,7 +205,8 @@ def run(
 
 
 def limits(device: torch.device, dtype: torch.dtype, prepacked: bool = False) -> dict:
-    """What the machine can do: bytes per second of a large copy, read plus written, and operations per second.
+    """What the machine can do: bytes per second of a large copy, read plus written, and operations per
+    second.
 
     Operations are those of a large product with plain or prepacked weights, like the model's.
     """
@@ -234,7 +236,8 @@ def limits(device: torch.device, dtype: torch.dtype, prepacked: bool = False) ->
 
 
 def alone(model: Qwen2, prompts: list[list[int]], decoding: Decoding, record: bool) -> float | None:
-    """Peak memory in MiB of one run that shares nothing with those before it; None where the system does not tell.
+    """Peak memory in MiB of one run that shares nothing with those before it; None where the system does not
+    tell.
 
     On CUDA of its tensors, weights included; elsewhere of the whole process, up to now.
     """
@@ -300,7 +303,10 @@ def by_kind(rounds: list[list[Call]], machine: dict) -> dict[str, dict]:
 
 def summary(row: Row, ar: Row | None, machine: dict) -> dict:
     """A row of the report: options, counts and rates; `ar`: the row of AR decoding at the same batch size."""
-    options = "block_size sub_block_size threshold tokens_per_pass cache fuse_commit max_new_tokens batch_size".split()
+    options = (
+        "block_size sub_block_size threshold tokens_per_pass cache fuse_commit verify draft_width".split()
+    )
+    options += ["max_new_tokens", "batch_size"]
     found = {"decoder": row.decoder, **{name: getattr(row.decoding, name) for name in options}}
     found |= {"prompts": len(row.prompts), "prompt_tokens": sum(map(len, row.prompts))}
     found |= {"new_tokens": sum(len(result.tokens) for result in row.results), **cli.rates(row.results)}
@@ -351,10 +357,10 @@ def tables(rows: list[dict], machine: dict, device: torch.device) -> str:
     header = "decoder, batch, tokens/forward, tokens/s, x AR, with prefill, x AR, prefill ms, peak MiB"
     parts = [
         table(header.split(", "), rates),
-        "tokens/s (lowest..highest) and the first x AR: over the time of decoding; with prefill: over all of it.\n"
+        "tokens/s (lowest..highest) and the first x AR: of decoding alone; with prefill: of all the time.\n"
         f"Peak memory is that {whose}.",
         table(["milliseconds a pass", "batch", *kinds], passes),
-        f"(%): share of the machine's limit, the longer of bytes at {copied:,.1f} GB/s, a large copy's rate, and\n"
+        f"(%): share of the machine's limit, the longer of bytes at a large copy's {copied:,.1f} GB/s and\n"
         f"operations at {multiplied:,.3f} Tflop/s, a large matrix product's.",
     ]
     return "\n\n".join(parts)
@@ -385,7 +391,8 @@ def prepare(path: Path | None, threads: int | None) -> None:
 
 
 def measure(model: Qwen2, rows: list[Row], rounds: int, record: bool, report: Callable) -> bool:
-    """Fill in memory, then results and rounds of one batch size after the other; `report(machine)` after each.
+    """Fill in memory, then results and rounds of one batch size after the other; `report(machine)` after
+    each.
 
     False where Ctrl-C ended it early. Raises InputError where memory ends.
     """
@@ -430,7 +437,8 @@ def measure(model: Qwen2, rows: list[Row], rounds: int, record: bool, report: Ca
 
 
 def bench(
-    model, adapter, device, dtype, packed, record, shape, layers, decoders, thresholds, tokens_per_pass, sub_block_sizes, batch_sizes,
+    model, adapter, device, dtype, packed, record, shape, layers, decoders, thresholds, tokens_per_pass,
+    sub_block_sizes, batch_sizes,
     prompts, prompt_tokens, new_tokens, rounds, threads, seed, json_file,
 ) -> None:  # fmt: skip
     """Measure, print the tables, and write the JSON; options as in `cli.bench`."""
@@ -454,7 +462,8 @@ def bench(
     for size in batch_sizes:
         common = {"max_new_tokens": new_tokens, "batch_size": size, "stop_token_ids": () if shape else None}
         ways = plan(config, decoders, sub_block_sizes, rules, **common)
-        # answers to problems end where they like: several batches of them, so that the last, half empty one counts less
+        # answers to problems end where they like: several batches of them, so that the last, half empty one
+        # counts less
         count = prompts or (max(16, 4 * size) if problems else size)
         if problems:
             texts = [

@@ -1,17 +1,18 @@
 """The trainer's layouts and the recipe's ablations, side by side.
 
     python benchmarks/training.py layouts --shape 1.5b --seq-len 2048 --rows 1 --recompute
-    python benchmarks/training.py ablations --parent build/tiny/ar --data build/tiny/train.jsonl --work build/ablations
+    python benchmarks/training.py ablations --parent build/tiny/ar --data build/tiny/train.jsonl --work
+    build/ablations
 
-`layouts`: tokens per second and memory of one training step. Two layouts of the same loss, [view 1 ; view 2 ; clean]
-(3L tokens) and two times [view ; clean] (4L, the original's), with the dense mask and with the attention that train.py
-chooses. Each runs in a process of its own, for its memory; all see the same rows, a third of them prompts, and must
-give the same loss.
+`layouts`: tokens per second and memory of one training step. Two layouts of the same loss, [view 1 ; view 2 ;
+clean] (3L tokens) and two times [view ; clean] (4L, the original's), with the dense mask and with the
+attention that train.py chooses. Each runs in a process of its own, for its memory; all see the same rows, a
+third of them prompts, and must give the same loss.
 
-`ablations`: which parts of the recipe, and how much of it, buy what. Adapts the autoregressive parent anew for each row
-(six adaptations, about half an hour on one core; started again, it goes on where it stopped), evaluates each on
-held-out problems, and writes benchmarks/results/ablations.json. All use one seed, so differences of a standard error
-or two are noise; none is trained to its end.
+`ablations`: which parts of the recipe, and how much of it, buy what. Adapts the autoregressive parent anew
+for each row (six adaptations, about half an hour on one core; started again, it goes on where it stopped),
+evaluates each on held-out problems, and writes benchmarks/results/ablations.json. All use one seed, so
+differences of a standard error or two are noise; none is trained to its end.
 """
 
 import json
@@ -59,7 +60,9 @@ def peak_mib(device: torch.device) -> float:
 def measure(
     way: str, model: str, shape: str | None, device: str, rows: int, seq_len: int, steps: int, recompute: bool
 ):
-    """Loss, tokens per second (median of the steps), and memory beyond the weights and their gradients, of one way."""
+    """Loss, tokens per second (median of the steps), and memory beyond the weights and their gradients, of
+    one way.
+    """
     from train import Objective, complementary_noise, distribute, training_loss
 
     layout, attention = WAYS[way]

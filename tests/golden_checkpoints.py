@@ -1,7 +1,8 @@
 """Small checkpoints with weights from a written recipe, so that golden vectors need no binary file.
 
-Tensor i of the sorted names is drawn from PCG64(seed * 1000 + i): uniform with mean 0 and variance 1, times a standard
-deviation that depends on what the tensor is. The mask token's embedding is small, and heads of special tokens are 0.
+Tensor i of the sorted names is drawn from PCG64(seed * 1000 + i): uniform with mean 0 and variance 1, times a
+standard deviation that depends on what the tensor is. The mask token's embedding is small, and heads of
+special tokens are 0.
 """
 
 import json

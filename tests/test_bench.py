@@ -1,4 +1,6 @@
-"""`cli.py bench` and benchmarks/peers.py: counts, bytes, operations, the report, and mistakes; no time is judged."""
+"""`cli.py bench` and benchmarks/peers.py: counts, bytes, operations, the report, and mistakes; no time is
+judged.
+"""
 
 import json
 import sys
@@ -43,8 +45,8 @@ def row(report: dict, decoder: str, batch_size: int) -> dict:
 
 
 def test_tokens_per_forward_at_a_fixed_rate_is_what_arithmetic_gives(report):
-    # the prefill writes the first token, so sub-blocks hold 7, 8, 8 and 8 masks: 3 passes each at 3 a pass; the first
-    # block's commit writes the second block's first token, and the last block is not committed
+    # the prefill writes the first token, so sub-blocks hold 7, 8, 8 and 8 masks: 3 passes each at 3 a pass;
+    # the first block's commit writes the second block's first token, and the last block is not committed
     passes = 12 + 1 + 12
     assert row(report, "block", 1)["forward_passes"] == passes
     assert row(report, "block", 1)["tokens_per_forward"] == 64 / passes

@@ -26,7 +26,9 @@ def test_every_equation_is_true_and_the_last_one_is_the_answer(split):
 
 
 def skeletons(problem):
-    """What decides the answers, of each turn with all before it: how it starts, the equations, and what is asked."""
+    """What decides the answers, of each turn with all before it: how it starts, the equations, and what is
+    asked.
+    """
     turns = [(problem["question"], problem["answer"])] if "question" in problem else []
     texts = [message["content"] for message in problem.get("messages", [])]
     turns += zip(texts[::2], texts[1::2])

@@ -73,7 +73,12 @@ def test_what_is_shown_is_what_comes_out(block, tmp_path):
     command, *shown = block.strip().split("\n")
     arguments = shlex.split(command.removeprefix("$ python ").replace("build/", f"{tmp_path}/"))
     run = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
     )
     plain = lambda text: re.sub(r"[\d.]+ tokens/s", "N tokens/s", text.replace(f"{tmp_path}/", "build/"))
     out, err = plain(run.stdout).splitlines(), plain(run.stderr).splitlines()
@@ -96,7 +101,9 @@ def test_the_program_that_embeds_the_file_is_short_and_runs(tmp_path):
     assert len(program.splitlines()) <= 12
     (tmp_path / "fastdllm.py").write_bytes((ROOT / "fastdllm.py").read_bytes())
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert run.stdout.count("####") == 2
 
 

@@ -145,7 +145,9 @@ def test_sparse_attention_skips_most_tiles():
 def test_flex_attention_can_be_traced_in_a_recomputed_step_and_has_the_dense_gradients(
     trainable_models, rng, monkeypatch, compute, tolerance
 ):
-    """The step as CUDA runs it, traced by torch.compile with its backward pass, but executed by plain products."""
+    """The step as CUDA runs it, traced by torch.compile with its backward pass, but executed by plain
+    products.
+    """
     monkeypatch.setattr(
         "torch.nn.attention.flex_attention._validate_device", lambda *qkv: None
     )  # CPUs: forward only

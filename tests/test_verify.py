@@ -13,7 +13,9 @@ from fastdllm import Config, Decoding, InputError, Memory, Qwen2, VerifiedRow, a
 
 @pytest.fixture(scope="module")
 def models(golden_models) -> list[Qwen2]:
-    """The golden checkpoints, and random weights with a vocabulary of 3, whose drafts are often right by chance."""
+    """The golden checkpoints, and random weights with a vocabulary of 3, whose drafts are often right by
+    chance.
+    """
     torch.manual_seed(0)
     lucky = Qwen2(Config(64, 32, 48, 1, 4, 2, 8, 512, block_size=8, mask_token_id=63, tokenizer_size=3))
     return [*golden_models.values(), lucky.eval().requires_grad_(False)]

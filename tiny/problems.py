@@ -2,13 +2,14 @@
 
     python tiny/problems.py --split heldout --seed 0 --count 3
 
-prints one JSON object a line with `question` and `answer`; the answer is a worked solution that ends in `#### N`. With
-`--conversations 0.25` a quarter of the lines are `messages` instead, in which a second question goes on from the first.
+prints one JSON object a line with `question` and `answer`; the answer is a worked solution that ends in `####
+N`. With `--conversations 0.25` a quarter of the lines are `messages` instead, in which a second question goes
+on from the first.
 
-A problem is a *skeleton* (the operations and their numbers, the only thing that decides the answer) told with names
-and objects. The split hangs on a hash of the skeleton alone, so no held-out problem is a training problem with other
-names, whatever the seeds. Every equation of an answer is computed by the function that writes it, so answers are right
-by construction. All quantities stay between 2 and 99: one token each.
+A problem is a *skeleton* (the operations and their numbers, the only thing that decides the answer) told with
+names and objects. The split hangs on a hash of the skeleton alone, so no held-out problem is a training
+problem with other names, whatever the seeds. Every equation of an answer is computed by the function that
+writes it, so answers are right by construction. All quantities stay between 2 and 99: one token each.
 """
 
 import hashlib
@@ -177,7 +178,8 @@ def finish(s):
 def tell(rng, turns=1):
     """A problem of 1 to 5 steps, told in one or two turns: (skeletons, [(question, answer), ...]).
 
-    The last skeleton is that of the problem which tells all of it at once, the first that of the first turn alone.
+    The last skeleton is that of the problem which tells all of it at once, the first that of the first turn
+    alone.
     """
     girl = rng.random() < 0.5
     name, friend = rng.choice(SHE if girl else HE), rng.choice(HE if girl else SHE)

@@ -1,9 +1,10 @@
-"""The shipped checkpoint's tokenizer: byte-level BPE in which every word and every number up to 99 is one token.
+"""The shipped checkpoint's tokenizer: byte-level BPE in which every word and every number up to 99 is one
+token.
 
     python tiny/tokenizer.py FOLDER
 
-A number is one token because a number of two digits shifts everything after it by one position, which a model that
-guesses many positions at once cannot know before it knows the number.
+A number is one token because a number of two digits shifts everything after it by one position, which a model
+that guesses many positions at once cannot know before it knows the number.
 """
 
 import json
@@ -18,7 +19,8 @@ WORDS = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
 DIGITS = WORDS.replace(r"\p{N}{1,2}", r"\p{N}")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"]
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

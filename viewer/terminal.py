@@ -34,7 +34,8 @@ def cell_width(character: str) -> int:
 
 
 def wrapped(cells: list[tuple[str, object]], width: int) -> list[list[tuple[str, object]]]:
-    """Cells of (text, mark) broken into lines of at most `width` columns; every character keeps its cell's mark.
+    """Cells of (text, mark) broken into lines of at most `width` columns; every character keeps its cell's
+    mark.
 
     A word that fits into a line is not broken; the space before it ends the line.
     """
@@ -64,8 +65,8 @@ def watch(
 ) -> Iterator[Pass]:
     """Draw what is known after each pass, masks as blanks, and wait `delay` seconds; the passes go through.
 
-    begin: the prompt's length. Lines that cannot change any more stay as they are, so that an answer may be longer
-    than the window is high.
+    begin: the prompt's length. Lines that cannot change any more stay as they are, so that an answer may be
+    longer than the window is high.
     """
     plain = "NO_COLOR" in os.environ
     tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
