@@ -1,0 +1,86 @@
+"""Verified drafts beside AR decoding of the same weights: one prompt at a time, in turns, in float32 and bfloat16.
+
+    python benchmarks/drafts.py --model FOLDER --adapter adapters/qwen2.5-coder-0.5b-instruct \
+        --prompts prompts.jsonl --out drafts.jsonl
+
+Each line of the result is one prompt: for each way its tokens, passes and seconds, and whether the answer is AR's in
+the same dtype, to the last token. A run that was stopped goes on. `--summary` prints the table of what is there.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+import cli  # noqa: E402
+from fast import prepack  # noqa: E402
+from fastdllm import Decoding, generate, load  # noqa: E402
+
+
+def answer(model, prompt: list[int], decoding: Decoding) -> dict:
+    began = time.perf_counter()
+    [result] = generate(model, [prompt], decoding)
+    seconds = time.perf_counter() - began
+    return {"tokens": result.tokens, "forward_passes": result.forward_passes, "seconds": round(seconds, 3)}
+
+
+def summary(lines: list[dict]) -> str:
+    """Per set of prompts and way: tokens per forward, tokens/s, times AR, share of answers that are AR's."""
+    rows = [f"{'set':<10} {'way':<22} {'answers':>7} {'tokens/forward':>14} {'tokens/s':>9} {'x AR':>5} {'as AR':>8}"]
+    for name in dict.fromkeys(line["set"] for line in lines):
+        part = [line["ways"] for line in lines if line["set"] == name]
+        for way in part[0]:
+            seconds = lambda key: sum(ways[key]["seconds"] for ways in part)
+            tokens = sum(len(ways[way]["tokens"]) for ways in part)
+            passes = sum(ways[way]["forward_passes"] for ways in part)
+            ar = f"{way.split()[0]} AR"
+            rate = tokens / seconds(way)
+            gain = rate / (sum(len(ways[ar]["tokens"]) for ways in part) / seconds(ar))
+            same = sum(ways[way]["tokens"] == ways[ar]["tokens"] for ways in part)
+            cells = f"{len(part):>7} {tokens / passes:>14.2f} {rate:>9.1f} {gain:>5.2f} {same:>4} of {len(part)}"
+            rows.append(f"{name:<10} {way:<22} {cells}")
+    return "\n".join(rows)
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True, help="Folder or Hub id.")
+@click.option("--adapter", required=True, help="Folder or Hub id.")
+@click.option("--prompts", required=True, type=click.Path(exists=True), help="JSONL with `set` and `prompt`.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSONL of the results.")
+@click.option("--widths", default="8", show_default=True, help="Masks of a draft.", callback=cli.numbers(int, 1, 99))
+@click.option("--dtypes", default="float32,bfloat16", show_default=True)
+@click.option("--max-new-tokens", default=384, show_default=True)
+@click.option("--summary", "only_summary", is_flag=True, help="Print the table only.")
+@cli.reports_mistakes
+def main(model, adapter, prompts, out, widths, dtypes, max_new_tokens, only_summary):
+    done = [json.loads(line) for line in out.read_text().splitlines()[1:]] if out.exists() else []
+    if not only_summary:
+        networks = {}
+        for dtype in dtypes.split(","):
+            network, tokenizer = load(model, "cpu", dtype, adapter)
+            networks[dtype] = prepack(network)
+        records = list(cli.read_jsonl(prompts).values())
+        with open(out, "a", buffering=1) as file:
+            if not done:
+                file.write(json.dumps(cli.environment()) + "\n")
+            for record in records[len(done) :]:
+                prompt = tokenizer.chat([{"role": "user", "content": record["prompt"]}])
+                ways = {}
+                for dtype, network in networks.items():
+                    ar = Decoding(block_size=1, max_new_tokens=max_new_tokens)
+                    ways[f"{dtype} AR"] = answer(network, prompt, ar)
+                    for width in widths:
+                        verify = Decoding(verify=True, draft_width=width, max_new_tokens=max_new_tokens)
+                        ways[f"{dtype} verify, width {width}"] = answer(network, prompt, verify)
+                done.append({"set": record["set"], "id": record.get("id"), "ways": ways})
+                file.write(json.dumps(done[-1]) + "\n")
+    click.echo(summary(done))
+
+
+if __name__ == "__main__":
+    main()
