@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 
 import click
-import matplotlib
 import torch
 from tqdm import tqdm
 
@@ -25,9 +24,6 @@ from problems import problems as word_problems  # noqa: E402
 
 import cli  # noqa: E402
 from fastdllm import Decoding, generate  # noqa: E402
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#d9730d", "#2a8c55", "#777777"
 STYLE = {
@@ -259,6 +255,11 @@ FIGURES = {  # file name: (measurement, drawing, title)
 @click.option("--only", multiple=True, type=click.Choice(list(FIGURES)), help="Figures  [default: all]")
 @click.option("--draw-only", is_flag=True, help="Draw the committed data again.")
 def main(model, problems, timed, rounds, threads, only, draw_only):
+    import matplotlib  # here, so that --help works without it
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
     torch.set_num_threads(threads)
     folder = ROOT / "benchmarks" / "figures"
     folder.mkdir(exist_ok=True)
