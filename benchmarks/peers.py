@@ -32,7 +32,7 @@ from speed import build, prepare, random_prompts, spread, table, wait, write_rep
 
 import cli  # noqa: E402
 from fast import RecordedPasses, prepack  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate, require  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate  # noqa: E402
 from fastdllm import unparse_config as raw_config  # noqa: E402
 
 
