@@ -16,19 +16,16 @@ from itertools import islice
 from pathlib import Path
 
 import click
-import matplotlib
 import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
-from problems import problems as word_problems  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from tiny.problems import problems as word_problems  # noqa: E402
 
 import cli  # noqa: E402
+from benchmarks.judging import final_answer  # noqa: E402
 from fastdllm import Decoding, generate  # noqa: E402
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#d9730d", "#2a8c55", "#777777"
 STYLE = {
@@ -45,12 +42,12 @@ class Bench:
     """The model, the problems, and what was measured."""
 
     def __init__(self, model: str, problems: int, rounds: int):
-        self.model, self.tokenizer = cli.open_model(model, "cpu", "auto", packed=True)
+        self.model, self.tokenizer, _ = cli.open_model(model, None, "cpu", "auto", True, False)
         chosen = islice(word_problems("heldout", 1), problems)
         self.problems = [
             {
                 "messages": [{"role": "user", "content": p["question"]}],
-                "expected": cli.final_answer(p["answer"]),
+                "expected": final_answer(p["answer"]),
             }
             for p in chosen
         ]
@@ -167,7 +164,7 @@ def accuracy_line(axis, x, rows, colour, label=None, shift=0.0):
     errors = [100 * row["standard_error"] for row in rows]
     axis.errorbar([i + shift for i in x], heights, errors, fmt="o-", color=colour, capsize=3, label=label)
     axis.set_ylabel("accuracy (%)")
-    axis.set_ylim(min(85, axis.get_ylim()[0], min(heights) - 2), 101)
+    axis.set_ylim(min(85, axis.get_ylim()[0], min(heights) - 2), 102)
 
 
 def draw_thresholds(data, axes):
@@ -219,7 +216,7 @@ def draw_batches(names, relative):
         axis.set_xlabel("batch size")
         axis.set_ylabel("speed-up over AR" if relative else "tokens/s")
         axis.set_ylim(bottom=0)
-        axis.legend()
+        axis.legend(loc="best")
 
     return draw
 
@@ -232,7 +229,7 @@ def draw_lengths(data, axis):
     axis.set_xticks(x, [f"{row['tokens_from']}-{row['tokens_to']}\nn={row['answers']}" for row in rows])
     axis.set_xlabel("tokens of the answer")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    axis.legend(loc="best")
 
 
 FIGURES = {  # file name: (measurement, drawing, title)
@@ -262,6 +259,11 @@ FIGURES = {  # file name: (measurement, drawing, title)
 @click.option("--only", multiple=True, type=click.Choice(list(FIGURES)), help="Figures  [default: all]")
 @click.option("--draw-only", is_flag=True, help="Draw the committed data again.")
 def main(model, problems, timed, rounds, threads, only, draw_only):
+    import matplotlib  # here, so that --help works without it
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
     torch.set_num_threads(threads)
     folder = ROOT / "benchmarks" / "figures"
     folder.mkdir(exist_ok=True)
