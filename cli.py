@@ -57,8 +57,8 @@ with suppress(ImportError):  # a history and editing keys for `input`, where the
 VERSION = "2.0"
 SHIPPED = Path(__file__).parent / "tiny" / "checkpoint"
 SAMPLE = (
-    "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She shares "
-    "them equally among 6 friends. How many cards does each friend get?"
+    "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She "
+    "shares them equally among 6 friends. How many cards does each friend get?"
 )
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
@@ -431,9 +431,8 @@ def cli():
 )
 @reports_mistakes
 def generate(
-    prompt, model, adapter, device, dtype, packed, record, system, raw, prompt_ids, source, target, as_json, live,
-    delay,
-    trace, **knobs,
+    prompt, model, adapter, device, dtype, packed, record, system, raw, prompt_ids, source, target, as_json,
+    live, delay, trace, **knobs,
 ):  # fmt: skip
     """Answer PROMPT, or what is piped in, or a sample problem.
 

@@ -228,7 +228,7 @@ class RecordedPasses:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`grouped_attention` in plain products, with a bool mask (B or 1, T, S); its backward is fast on CPUs."""
+    """`grouped_attention` in plain products, with a bool mask (B or 1, T, S); backward it is fast on CPUs."""
     B, H, T, d = q.shape
     K = k.shape[1]  # query heads of one key head are more rows of the same product
     scores = ((q * d**-0.5).reshape(B, K, -1, d) @ k.transpose(2, 3)).float()

@@ -1,10 +1,12 @@
-"""Verified drafts beside AR decoding of the same weights: one prompt at a time, in turns, in float32 and bfloat16.
+"""Verified drafts beside AR decoding of the same weights: one prompt at a time, in turns, in float32 and
+bfloat16.
 
     python benchmarks/drafts.py --model FOLDER --adapter adapters/qwen2.5-coder-0.5b-instruct \
         --prompts prompts.jsonl --out drafts.jsonl
 
-Each line of the result is one prompt: for each way its tokens, passes and seconds, and whether the answer is AR's in
-the same dtype, to the last token. A run that was stopped goes on. `--summary` prints the table of what is there.
+Each line of the result is one prompt: for each way its tokens, passes and seconds, and whether the answer is
+AR's in the same dtype, to the last token. A run that was stopped goes on. `--summary` prints the table of
+what is there.
 """
 
 import json
@@ -13,7 +15,6 @@ import time
 from pathlib import Path
 
 import click
-import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
@@ -31,19 +32,19 @@ def answer(model, prompt: list[int], decoding: Decoding) -> dict:
 
 def summary(lines: list[dict]) -> str:
     """Per set of prompts and way: tokens per forward, tokens/s, times AR, share of answers that are AR's."""
-    rows = [f"{'set':<10} {'way':<22} {'answers':>7} {'tokens/forward':>14} {'tokens/s':>9} {'x AR':>5} {'as AR':>8}"]
+    heads = f"{'tokens/forward':>14} {'tokens/s':>9} {'x AR':>5} {'as AR':>8}"
+    rows = [f"{'set':<10} {'way':<26} {heads}"]
     for name in dict.fromkeys(line["set"] for line in lines):
         part = [line["ways"] for line in lines if line["set"] == name]
+        rates = {}
         for way in part[0]:
-            seconds = lambda key: sum(ways[key]["seconds"] for ways in part)
-            tokens = sum(len(ways[way]["tokens"]) for ways in part)
-            passes = sum(ways[way]["forward_passes"] for ways in part)
-            ar = f"{way.split()[0]} AR"
-            rate = tokens / seconds(way)
-            gain = rate / (sum(len(ways[ar]["tokens"]) for ways in part) / seconds(ar))
+            ar, runs = f"{way.split()[0]} AR", [ways[way] for ways in part]
+            tokens = sum(len(run["tokens"]) for run in runs)
+            rates[way] = tokens / sum(run["seconds"] for run in runs)
+            per_forward = tokens / sum(run["forward_passes"] for run in runs)
             same = sum(ways[way]["tokens"] == ways[ar]["tokens"] for ways in part)
-            cells = f"{len(part):>7} {tokens / passes:>14.2f} {rate:>9.1f} {gain:>5.2f} {same:>4} of {len(part)}"
-            rows.append(f"{name:<10} {way:<22} {cells}")
+            cells = f"{per_forward:>14.2f} {rates[way]:>9.1f} {rates[way] / rates[ar]:>5.2f}"
+            rows.append(f"{name:<10} {way:<26} {cells} {same:>3} of {len(part)}")
     return "\n".join(rows)
 
 
@@ -52,7 +53,9 @@ def summary(lines: list[dict]) -> str:
 @click.option("--adapter", required=True, help="Folder or Hub id.")
 @click.option("--prompts", required=True, type=click.Path(exists=True), help="JSONL with `set` and `prompt`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSONL of the results.")
-@click.option("--widths", default="8", show_default=True, help="Masks of a draft.", callback=cli.numbers(int, 1, 99))
+@click.option(
+    "--widths", default="8", show_default=True, help="Masks of a draft.", callback=cli.numbers(int, 1, 99)
+)
 @click.option("--dtypes", default="float32,bfloat16", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True)
 @click.option("--summary", "only_summary", is_flag=True, help="Print the table only.")

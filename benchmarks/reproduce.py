@@ -21,11 +21,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny.problems import problems as word_problems  # noqa: E402
-
 import cli  # noqa: E402
 from benchmarks.judging import final_answer  # noqa: E402
 from fastdllm import Decoding, generate  # noqa: E402
+from tiny.problems import problems as word_problems  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#d9730d", "#2a8c55", "#777777"
 STYLE = {

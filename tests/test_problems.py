@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from problems import LARGEST, MOST_STEPS, held_out, problems
 
-from cli import final_answer
+from benchmarks.judging import final_answer
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
