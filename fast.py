@@ -353,16 +353,15 @@ class Int8Product(torch.autograd.Function):
     def forward(ctx, x, linear):
         ctx.linear = linear
         levels, scale = balanced_levels(x.flatten(0, -2), linear.balance)
-        return from_levels(torch._int_mm(levels, linear.levels.t()), scale, linear.scale).view(
-            *x.shape[:-1], -1
-        )
+        y = from_levels(torch._int_mm(levels, linear.levels.t()), scale, linear.scale)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
         linear = ctx.linear
         levels, scale = to_levels_fast(dy.flatten(0, -2))
         dx = from_levels(torch._int_mm(levels, linear.back_levels.t()), scale, linear.back_scale)
-        return dx.view(*dy.shape[:-1], -1), None
+        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None
 
 
 class Int8Linear(Linear):

@@ -331,7 +331,7 @@ def read_documents(
     A broken line raises InputError naming it, or where `broken` is "skip", is named on standard error and
     left out.
     """
-    mask = tokenizer.id("|<MASK>|")
+    mask, size = tokenizer.id("|<MASK>|"), len(tokenizer)  # a length that walks through the vocabulary
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             progress(len(line))
@@ -354,7 +354,7 @@ def read_documents(
                     ]
                     document = chat_document(messages, tokenizer)
                 require(any(document[1]), "nothing of it is an assistant's, so nothing trains")
-                inside = all(type(i) is int and 0 <= i < len(tokenizer) for i in document[0])
+                inside = all(type(i) is int and 0 <= i < size for i in document[0])
                 require(inside, "it has token ids outside the vocabulary")
                 require(mask not in document[0], "it holds the mask token, which only training may write")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

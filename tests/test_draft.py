@@ -33,7 +33,15 @@ from fastdllm import (
 from train import Drafting, DraftTrainer, Known, draft, draft_loss, draft_targets, simulate
 
 WIDTH = 4
-SCRIPT = str(ROOT / "train.py")  # train.py, once it is in there
+SCRIPT = str(ROOT / "train.py")
+
+
+@pytest.fixture(autouse=True)
+def not_compiled():
+    """Compiling takes seconds and changes nothing."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
 
 
 @pytest.fixture
@@ -252,6 +260,14 @@ def test_int8_products_give_nearly_the_same_gradient_and_exact_known_tokens(fold
     assert other_losses["draft_loss"] == pytest.approx(losses["draft_loss"], rel=0.02)
     assert torch.cosine_similarity(gradient, other, dim=0) > 0.97
     assert torch.equal(exact.known[2], rounded.known[2])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_base_in_bfloat16_trains_an_adapter_in_float32(folders, int8):
+    model = load(folders["tied"], "cpu", "bfloat16")[0]
+    how = Drafting(rank=4, width=WIDTH, batch_size=4, anchors=3, others=50, int8=int8)
+    losses, gradient = step(DraftTrainer(model, corpus(), None, how))
+    assert np.isfinite(losses["draft_loss"]) and gradient.dtype == torch.float32
 
 
 def test_simulation_counts_the_cycles_of_a_draft_that_is_always_or_never_right(folders, monkeypatch):
