@@ -48,7 +48,9 @@ class PrepackedLinear(Linear):
         weight = linear.weight.detach()
         self.plain = weight if weight.numel() < self.SMALL_WEIGHT else None
         self.packed = weight if tied else torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW_ROWS)
-        self.bias, self.adapter = linear.bias, linear.adapter
+        self.bias = linear.bias
+        # the class attribute would hide a registered module, and the adapter is no part of the state dict
+        object.__setattr__(self, "adapter", linear.adapter)
 
     def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
         if self.plain is not None and x.numel() < self.FEW_ROWS * x.shape[-1]:

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import train
 import train as drafts
+from fast import prepack
 from fastdllm import (
     InputError,
     KVCache,
@@ -341,3 +342,14 @@ def test_two_processes_train_like_one(tmp_path):
 def test_bad_input_is_one_sentence(tmp_path, options, sentence):
     result = CliRunner().invoke(train.main, [*command(tmp_path, **options), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and sentence in result.output and "Traceback" not in result.output
+
+
+def test_prepacked_weights_keep_the_adapter(adapted):
+    masks = torch.full((1, 8), adapted.config.mask_token_id)
+    outputs = []
+    for model in (adapted, prepack(adapted)):
+        cache = KVCache(model.config, 1, 8, model.weight)
+        with torch.inference_mode():
+            outputs += [run_window(model, masks, [0], cache, 1, None, has) for has in (True, False)]
+    torch.testing.assert_close(outputs[2], outputs[0], atol=1e-4, rtol=1e-3)
+    assert (outputs[0] - outputs[1]).abs().max() > 0.1  # the adapter matters
