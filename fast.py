@@ -235,11 +235,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     K = k.shape[1]  # query heads of one key head are more rows of the same product
     scores = ((q * d**-0.5).reshape(B, K, -1, d) @ k.transpose(2, 3)).float()
     if mask is not None:
-        scores = (
-            scores.view(B, K, -1, *mask.shape[1:])
-            .masked_fill(~mask[:, None, None], -torch.inf)
-            .view_as(scores)
-        )
+        unseen = ~mask[:, None, None]
+        scores = scores.view(B, K, -1, *mask.shape[1:]).masked_fill(unseen, -torch.inf).view_as(scores)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, T, d)
 
 
@@ -253,17 +250,15 @@ def blockwise_attention(
     block_size: int,
     views: int,
 ) -> Tensor:
-    """What `train.training_mask` allows, computed block by block, so that few queries meet a key that they
-    cannot see.
+    """`train.training_mask` applied block by block, so that few queries meet a key that they cannot see.
 
     The masks (B or 1, L, L) say what a clean query sees of the clean copy, and what a noisy query sees of it
     with its own view's block in place of the clean one; None where blocks alone decide. With n blocks this is
     about (n + 1) / (2 n) / (views + 1) of the dense mask's work.
     """
     into_rows = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)
-    noisy_q, noisy_k, noisy_v = (
-        into_rows(x) if views else None for x in (q, k, v)
-    )  # (B * views, heads, L, d)
+    # (B * views, heads, L, d)
+    noisy_q, noisy_k, noisy_v = (into_rows(x) if views else None for x in (q, k, v))
     clean_q, clean_k, clean_v = (x[:, :, -length:] for x in (q, k, v))
     noisy, clean = [], []
     for start in range(0, length, block_size):
@@ -285,9 +280,7 @@ def blockwise_attention(
 
 @cache
 def compiled_flex() -> Callable:
-    """One kernel for each shape; with and without gradients, views, and the last batch's rows make a dozen of
-    them.
-    """
+    """One kernel per shape; gradients or none, views, and the last batch's rows make a dozen shapes."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 

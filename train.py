@@ -1,18 +1,18 @@
 """Turn an AR Qwen2 into a block-diffusion model: the training recipe of Fast-dLLM v2 (paper, section 3).
 
-    python train.py show                                                   # a packed, masked example, to be
-    read python train.py ar --model FOLDER --data data.jsonl --out parent       # ordinary next-token training
-    python train.py adapt --model parent --data data.jsonl --out adapted   # complementary masks and token
-    shift python train.py draft --model FOLDER --data own.jsonl --out adapter    # an adapter that drafts, for
-    --verify torchrun --nproc-per-node 8 train.py adapt --preset 1.5b ...           # on several devices
+    python train.py show                                                  # a packed, masked example
+    python train.py ar --model FOLDER --data data.jsonl --out parent      # ordinary next-token training
+    python train.py adapt --model parent --data data.jsonl --out adapted  # complementary masks, token shift
+    python train.py draft --model FOLDER --data own.jsonl --out adapter   # an adapter that drafts: --verify
+    torchrun --nproc-per-node 8 train.py adapt --preset 1.5b ...          # on several devices
 
-Data is JSONL with `messages` (or `question` and `answer`; what the assistant wrote is trainable), with
-`text`, or with a `prompt` and its own answer in `text`. A run that was stopped, however it was, goes on from
-its last checkpoint when it is started again with the same command.
+Data is JSONL: `messages` (or `question` and `answer`), of which the assistant's part trains, `text`, or an
+answer that `cli.py generate --output` wrote. A stopped run resumes from its last checkpoint when the same
+command is started again.
 
-Shapes: B rows, L positions of a row, T positions of an input, N targets, D hidden size. A row is packed with
-whole documents. An input is the noisy views of a row followed by its clean copy, [view 1 ; view 2 ; clean], T
-= 3L.
+Shapes: B rows, L positions of a row, V noisy views, T positions of an input, N targets, D hidden size. A row
+is packed with whole documents. An input is a row's noisy views and its clean copy, [view 1 ; view 2 ; clean],
+T = 3L.
 """
 
 import hashlib
@@ -20,16 +20,17 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, repeat
 from pathlib import Path
 
 import click
@@ -41,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -60,6 +61,7 @@ from fastdllm import (
     base_digest,
     causal_attention,
     grouped_attention,
+    knob,
     load,
     load_tokenizer,
     pick_device,
@@ -72,14 +74,18 @@ from fastdllm import (
     save_adapter,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # --- Noise ---
 
 
 def complementary_noise(
     trainable: Tensor, block_size: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Which trainable positions (B, L) view 1 masks; view 2 masks the others, so that each is a target
-    exactly once.
+    """Which trainable positions (B, L) view 1 masks. View 2 masks the others: each is a target exactly once.
 
     Per block t ~ U[0, 1), and a position is masked with probability 0.999 t + 0.001.
     """
@@ -95,13 +101,13 @@ def complementary_noise(
 def visibility(
     length: int, block_size: int, views: int, documents: Tensor | None = None, clean: str = "block"
 ) -> Callable:
-    """The mask's one definition: `sees(row, head, query, key)` of indices in [noisy views ; clean] (paper,
-    section 3).
+    """The mask's one definition: `sees(row, head, query, key)`, of indices in [noisy views ; clean].
 
     A noisy query sees its own block of its own view, and the clean blocks before it. A clean query sees the
     clean blocks up to its own, or with `clean` "causal" the clean positions up to its own. Nothing clean sees
-    anything noisy. With `documents` (B, L), numbers that differ between the documents of a row, nothing sees
-    another document. Without noisy views and with block size 1 it is the ordinary causal mask.
+    anything noisy (paper, section 3). With `documents` (B, L), numbers that differ between the documents of a
+    row, nothing sees another document. Without noisy views and with block size 1 it is the ordinary causal
+    mask.
     """
 
     def sees(row, head, query, key):
@@ -125,9 +131,7 @@ def training_mask(
     device: str | None = None,
     clean: str = "block",
 ) -> Tensor:
-    """`visibility` written out, bool, (side, side) or with documents (B, side, side); side is (views + 1) *
-    length.
-    """
+    """`visibility` as a bool tensor (S, S), or with documents (B, S, S); S is (views + 1) * length."""
     index = torch.arange((views + 1) * length, device=device)
     row = None if documents is None else torch.arange(len(documents), device=device)[:, None, None]
     return visibility(length, block_size, views, documents, clean)(row, None, index[:, None], index)
@@ -149,24 +153,24 @@ def training_attention(
     """
     if kind == "auto":
         kind = {"cpu": "blockwise", "cuda": "sparse"}.get(device.type, "dense")
+    side = (views + 1) * length
     if kind == "sparse":
         sees = visibility(length, block_size, views, documents, clean)
-        tiles = sparse_mask(sees, None if documents is None else len(documents), (views + 1) * length, device)
+        tiles = sparse_mask(sees, None if documents is None else len(documents), side, device)
         return lambda layer, *qkv: sparse_attention(*qkv, tiles)
     dense = partial(training_mask, length, documents=documents, device=device)
     if kind == "dense":
-        mask = dense(block_size, views, clean=clean).view(-1, (views + 1) * length, (views + 1) * length)
-        return lambda layer, q, k, v: grouped_attention(
-            q, k, v, attention_bias(mask, q.shape[1] // k.shape[1], v.dtype)
-        )
+        mask = dense(block_size, views, clean=clean).view(-1, side, side)
+        bias = lambda q, k: attention_bias(mask, q.shape[1] // k.shape[1], q.dtype)
+        return lambda layer, q, k, v: grouped_attention(q, k, v, bias(q, k))
     # without views a block is only a piece of the work, and 32 is a good size for it
-    chunk = block_size if views else max(block_size, min(length, 32))
-    chunk = chunk if length % chunk == 0 else length
+    piece = block_size if views else max(block_size, min(length, 32))
+    piece = piece if length % piece == 0 else length
     square = lambda mask: mask.view(-1, length, length)
-    alone = documents is None and chunk == block_size  # then blocks alone decide
-    noisy_mask = None if alone else square(dense(block_size, 0))
+    blocks_decide = documents is None and piece == block_size
+    noisy_mask = None if blocks_decide else square(dense(block_size, 0))
     clean_mask = noisy_mask if clean == "block" else square(dense(block_size, 0, clean="causal"))
-    how = {"length": length, "block_size": chunk, "views": views}
+    how = {"length": length, "block_size": piece, "views": views}
     return lambda layer, *qkv: blockwise_attention(*qkv, clean_mask, noisy_mask, **how)
 
 
@@ -181,8 +185,7 @@ def positions_of(documents: Tensor) -> Tensor:
 
 
 def targets_of(trainable: Tensor, documents: Tensor | None) -> Tensor:
-    """Positions (B, L) that can be targets: trainable, and not first in their document, since output i - 1
-    predicts token i."""
+    """Positions (B, L) that can be targets: trainable and not first in their document."""
     first = torch.zeros_like(trainable)
     first[:, 0] = True
     if documents is not None:
@@ -190,65 +193,72 @@ def targets_of(trainable: Tensor, documents: Tensor | None) -> Tensor:
     return trainable & ~first
 
 
-def diffusion_outputs(
+def noisy_views(trainable: Tensor, masked: Tensor, complement: bool) -> Tensor:
+    """What each view masks, (B, V, L): `masked`, and with `complement` all other trainable positions."""
+    return torch.stack([masked, trainable & ~masked] if complement else [masked], dim=1)
+
+
+def diffusion_outputs(trainable: Tensor, documents: Tensor | None, views: Tensor) -> Tensor:
+    """Flat indices (N) in (B, V + 1, L) of the outputs that have a target; for views see `noisy_views`."""
+    targets = views & targets_of(trainable, documents)[:, None]
+    targets = F.pad(targets, (0, 0, 0, 1))  # the clean copy has none
+    return targets.flatten().nonzero()[:, 0] - 1  # token shift: the output at i predicts the token at i + 1
+
+
+def causal_outputs(trainable: Tensor, documents: Tensor | None) -> Tensor:
+    """Flat indices (N) in (B, L) of the outputs that have a target in next-token training."""
+    return targets_of(trainable, documents).flatten().nonzero()[:, 0] - 1
+
+
+def diffusion_pass(
     model: Qwen2,
     tokens: Tensor,
-    trainable: Tensor,
-    masked: Tensor,
+    views: Tensor,
     documents: Tensor | None = None,
     block_size: int | None = None,
-    complement: bool = True,
     attention: str = "auto",
     clean: str = "block",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (N, D) before the masked positions of all views, the tokens (N) there, and the clean
-    copy's hidden states (B, L, D)."""
+    masked: Tensor | None = None,
+) -> Tensor:
+    """Hidden states (B, V + 1, L, D) of the noisy views (B, V, L) and the clean copy of tokens (B, L).
+
+    masked: where a low-rank adapter is on, as in `Qwen2.forward`. Raises InputError for a length that is no
+    multiple of the block, or a model without a mask token.
+    """
     size, mask_id = block_size or model.config.block_size, model.config.mask_token_id
-    B, L = tokens.shape
-    require(
-        mask_id is not None,
-        "The model has no mask token; give its config a mask_token_id inside the embedding.",
-    )
+    V, L = views.shape[1:]
+    has_mask = mask_id is not None
+    require(has_mask, "The model has no mask token; give its config a mask_token_id inside the embedding.")
     ok = L % size == 0
     require(ok, f"The rows have {L} positions, no multiple of the block size {size}; pad them with masks.")
-    views = torch.stack([masked, trainable & ~masked] if complement else [masked], dim=1)  # (B, views, L)
-    noisy = tokens[:, None].masked_fill(views, mask_id).flatten(1)  # (B, views * L)
+    noisy = tokens[:, None].masked_fill(views, mask_id).flatten(1)  # (B, V * L)
     index = torch.arange(L, device=tokens.device)[None] if documents is None else positions_of(documents)
-    V = views.shape[1]
     attend = training_attention(attention, L, size, V, documents, tokens.device, clean)
-    hidden = model(torch.cat([noisy, tokens], dim=1), index.repeat(1, V + 1), attend).unflatten(1, (V + 1, L))
-    # token shift: the output at i predicts the token at i + 1
-    targets = (views & targets_of(trainable, documents)[:, None])[:, :, 1:]
-    return hidden[:, :V, :-1][targets], tokens[:, None].expand_as(views)[:, :, 1:][targets], hidden[:, V]
+    hidden = model(torch.cat([noisy, tokens], dim=1), index.repeat(1, V + 1), attend, masked)
+    return hidden.unflatten(1, (V + 1, L))
 
 
-def causal_outputs(
-    model: Qwen2,
-    tokens: Tensor,
-    trainable: Tensor,
-    documents: Tensor | None = None,
-    attention: str = "auto",
-    hidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) and the tokens (N) that they predict in ordinary next-token training.
+def causal_pass(
+    model: Qwen2, tokens: Tensor, documents: Tensor | None = None, attention: str = "auto", masked=None
+) -> Tensor:
+    """Hidden states (B, L, D) of an ordinary causal pass over tokens; `masked` as in `diffusion_pass`."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    attend = training_attention(attention, tokens.shape[1], 1, 0, documents, tokens.device)
+    return model(tokens, index if documents is None else positions_of(documents), attend, masked)
 
-    hidden (B, L, D): of a pass that was causal already; None: the pass is made here.
-    """
-    if hidden is None:
-        index = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        index = index if documents is None else positions_of(documents)
-        attend = training_attention(attention, tokens.shape[1], 1, 0, documents, tokens.device)
-        hidden = model(tokens, index, attend)
-    targets = targets_of(trainable, documents)[:, 1:]
-    return hidden[:, :-1][targets], tokens[:, 1:][targets]
+
+def predictions(hidden: Tensor, tokens: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) at the flat indices `outputs` of (B, ..., L), and the tokens (N) they predict."""
+    B, L = tokens.shape
+    row, at = outputs // (hidden.shape[:-1].numel() // B), outputs % L
+    return hidden.flatten(0, -2)[outputs], tokens[row, at + 1]
 
 
 def score(model: Qwen2, hidden: Tensor, targets: Tensor, largest: int = 2**26) -> tuple[Tensor, Tensor]:
-    """Sum of the cross entropies in float32, and number of right predictions, of hidden (N, D) against ids
-    (N).
+    """Sum of the cross entropies in float32, and number of right predictions; hidden (N, D), targets (N).
 
-    Only target rows reach the head, and never more than `largest` logits are there at once: where that takes
-    several chunks, the backward pass computes each anew.
+    Only outputs with a target reach the head, and never more than `largest` logits are in memory at once.
+    Where that takes several chunks, the backward pass computes each again.
     """
 
     def chunk(hidden, targets):
@@ -258,9 +268,8 @@ def score(model: Qwen2, hidden: Tensor, targets: Tensor, largest: int = 2**26) -
     rows = max(1, largest // model.config.vocab_size)
     if len(targets) <= rows:
         return chunk(hidden, targets)
-    parts = [
-        checkpoint(chunk, *part, use_reentrant=False) for part in zip(hidden.split(rows), targets.split(rows))
-    ]
+    chunks = zip(hidden.split(rows), targets.split(rows))
+    parts = [checkpoint(chunk, *part, use_reentrant=False) for part in chunks]
     return tuple(sum(column) for column in zip(*parts))
 
 
@@ -277,40 +286,43 @@ def training_loss(
     """The adaptation's loss, a scalar: token-shifted cross entropy of complementary views (paper, section 3).
 
     tokens (B, L) and trainable (B, L) bool, L a multiple of the block size (default: the checkpoint's).
-    Output i predicts the token at i + 1 where that is masked, so a document's first position is never a
-    target; the sum over both views is divided by the number of targets. `masked` (B, L) bool fixes what view
-    1 masks, which is drawn otherwise; `documents` (B, L) numbers the documents of a row, which begin on block
-    boundaries and know nothing of each other (default: one); without `complement` there is no view 2. One
-    clean copy serves both views, so a row costs 3L tokens. Inputs are left as they are. Raises InputError for
-    a length that is no multiple of the block, or a model without a mask token.
+    Output i predicts token i + 1 where that is masked, so a document's first position is never a target. The
+    sum over both views is divided by the number of targets. `masked` (B, L) bool fixes what view 1 masks; by
+    default it is drawn. `documents` (B, L) numbers the documents of a row, which begin on block boundaries
+    and do not see each other (default: one document). Without `complement` there is no view 2. One clean copy
+    serves both views, so a row costs 3L tokens. The inputs are not changed. Raises InputError for a length
+    that is no multiple of the block, or a model without a mask token.
     """
     size = block_size or model.config.block_size
     if masked is None and tokens.shape[1] % size == 0:
         masked = complementary_noise(trainable, size)
     masked = trainable if masked is None else masked & trainable
-    outputs = diffusion_outputs(model, tokens, trainable, masked, documents, size, complement, attention)[:2]
-    return score(model, *outputs)[0] / max(len(outputs[1]), 1)
+    views = noisy_views(trainable, masked, complement)
+    hidden = diffusion_pass(model, tokens, views, documents, size, attention)
+    outputs = diffusion_outputs(trainable, documents, views)
+    return score(model, *predictions(hidden, tokens, outputs))[0] / max(len(outputs), 1)
 
 
-def causal_loss(model: Qwen2, tokens: Tensor, trainable: Tensor, documents: Tensor | None = None) -> Tensor:
+def causal_loss(
+    model: Qwen2, tokens: Tensor, trainable: Tensor, documents: Tensor | None = None, attention: str = "auto"
+) -> Tensor:
     """Mean next-token cross entropy over the trainable tokens, a scalar; arguments as in `training_loss`."""
-    outputs = causal_outputs(model, tokens, trainable, documents)
-    return score(model, *outputs)[0] / max(len(outputs[1]), 1)
+    hidden, outputs = causal_pass(model, tokens, documents, attention), causal_outputs(trainable, documents)
+    return score(model, *predictions(hidden, tokens, outputs))[0] / max(len(outputs), 1)
 
 
 # --- Data ---
 
 
 def chat_document(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """ChatML of a conversation through its last answer; trainable is what the assistant wrote, with end and
-    newline.
+    """ChatML of a conversation through its last answer; answers are trainable, with end token and newline.
 
-    Raises InputError for roles and contents that are none.
+    Raises InputError for unknown roles, and contents that are no text.
     """
     tokens, trainable = [], []
     for message in messages:
         known = message["role"] in ("system", "user", "assistant", "tool")
-        require(known, f"the role {message['role']!r} is none of system, user, assistant and tool")
+        require(known, f"the role {message['role']!r:.99} is none of system, user, assistant and tool")
         require(type(message["content"]) is str, f"the {message['role']}'s content is no text")
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     for before, turn in zip([-1, *answers], answers):
@@ -322,13 +334,27 @@ def chat_document(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int]
     return tokens, trainable
 
 
+def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of one JSON object, and which are trainable. Raises some error for other objects."""
+    if "token_ids" in record:  # an answer that `cli.py generate --output` wrote, token by token
+        asked = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+        prompt, answer = tokenizer.chat(asked), record["token_ids"]
+        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+    if "text" in record:
+        end = tokenizer.id("<|endoftext|>")
+        tokens = tokenizer.encode(record["text"]) + ([] if end is None else [end])
+        return tokens, [True] * len(tokens)
+    roles = ("user", "question"), ("assistant", "answer")
+    pair = lambda: [{"role": role, "content": record[key]} for role, key in roles]
+    return chat_document(record.get("messages") or pair(), tokenizer)
+
+
 def read_documents(
     path: Path, tokenizer: Tokenizer, broken: str = "refuse", progress: Callable = lambda size: None
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids and which of them are trainable, of each line of a JSONL file; `progress` is told each line's
-    bytes.
+    """Token ids of each line of a JSONL file, and which are trainable; tells `progress` each line's bytes.
 
-    A broken line raises InputError naming it, or where `broken` is "skip", is named on standard error and
+    A broken line raises InputError with its number; where `broken` is "skip", it is reported on stderr and
     left out.
     """
     mask, size = tokenizer.id("|<MASK>|"), len(tokenizer)  # a length that walks through the vocabulary
@@ -338,109 +364,83 @@ def read_documents(
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                if "token_ids" in record:  # an answer that `cli.py generate --output` wrote, token by token
-                    asked = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-                    prompt, answer = tokenizer.chat(asked), record["token_ids"]
-                    document = prompt + answer, [False] * len(prompt) + [True] * len(answer)
-                elif "text" in record:
-                    tokens = tokenizer.encode(record["text"]) + [tokenizer.id("<|endoftext|>")]
-                    tokens = tokens if tokens[-1] is not None else tokens[:-1]
-                    document = tokens, [True] * len(tokens)
-                else:
-                    roles = ("user", "question"), ("assistant", "answer")
-                    messages = record.get("messages") or [
-                        {"role": r, "content": record[key]} for r, key in roles
-                    ]
-                    document = chat_document(messages, tokenizer)
-                require(any(document[1]), "nothing of it is an assistant's, so nothing trains")
-                inside = all(type(i) is int and 0 <= i < size for i in document[0])
+                document = tokens, trainable = document_of(json.loads(line), tokenizer)
+                require(any(trainable), "nothing of it is an assistant's, so nothing trains")
+                inside = all(type(i) is int and 0 <= i < size for i in tokens)
                 require(inside, "it has token ids outside the vocabulary")
-                require(mask not in document[0], "it holds the mask token, which only training may write")
+                require(mask not in tokens, "it holds the mask token, which only training may write")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 forms = "no JSON object with `messages`, `question` and `answer`, or `text`"
                 reason = error if isinstance(error, InputError) else f"{forms} ({error!r:.99})"
-                require(
-                    broken == "skip", f"{path}, line {number}: {reason}; --broken skip leaves such lines out."
-                )
+                refusal = f"{path}, line {number}: {reason}; --broken skip leaves such lines out."
+                require(broken == "skip", refusal)
                 print(f"{path}, line {number}: {reason}; skipped", file=sys.stderr)
                 continue
             yield document
 
 
+CORPUS_FILES = "tokens.bin", "trainable.bin", "offsets.npy"
+
+
 class Corpus:
-    """Tokenised documents: all tokens, which of them are trainable, and where each document begins."""
+    """Tokenised documents in one array: token ids, which are trainable, and where each document begins."""
 
     def __init__(self, tokens: np.ndarray, trainable: np.ndarray, offsets: np.ndarray):
         self.tokens, self.trainable, self.offsets = tokens, trainable, offsets
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
-        """From files that stay on disk, mapped into memory. Raises InputError where they are damaged."""
-        mapped = partial(np.memmap, mode="r")
+        """Map `prepare`'s files into memory. Raises InputError where they do not fit together."""
         try:
+            mapped = partial(np.memmap, mode="r")
             tokens = mapped(folder / "tokens.bin", dtype=read_json(folder / "meta.json")["dtype"])
-            corpus = cls(
-                tokens, mapped(folder / "trainable.bin", dtype=bool), np.load(folder / "offsets.npy")
-            )
-            offsets = corpus.offsets
-            whole = offsets.ndim == 1 and offsets[0] == 0 and bool((np.diff(offsets) > 0).all())
-            whole = whole and offsets[-1] == len(corpus.tokens) == len(corpus.trainable)
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
-            whole = False
-        require(whole, f"{folder}: its files are damaged; remove it, and it is made anew.")
-        return corpus
+            trainable, offsets = mapped(folder / "trainable.bin", dtype=bool), np.load(folder / "offsets.npy")
+            complete = bool(offsets[-1] == len(tokens) == len(trainable))
+        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
+            complete = False
+        require(complete, f"{folder}: its files are damaged; remove it, and it is made again.")
+        return cls(tokens, trainable, offsets)
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
     def piece(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and trainable of [start, stop) of a document, or of as much of it as there is."""
+        """Tokens and trainable of [start, stop) of a document, cut at its end."""
         low, end = self.offsets[document : document + 2]
         where = slice(low + start, min(low + stop, end))
         return self.tokens[where], self.trainable[where]
 
     @staticmethod
-    def content(data: Path, folder: Path | None = None) -> str:
-        """A hash of the data's content; of a file that has not changed since it was tokenised into `folder`,
-        kept.
-        """
-        meta = (data if data.is_dir() else folder or data) / "meta.json"
+    def content(data: Path, folder: Path) -> str:
+        """A hash of the data's content, or the one made when it was tokenised, if the file did not change."""
+        meta = (data if data.is_dir() else folder) / "meta.json"
         known = read_json(meta) if meta.is_file() else {}
-        if data.is_dir():
+        if data.is_dir() or known.get("file") == file_status(data):
             return known.get("content", "")
-        status = data.stat()
-        same = (known.get("bytes"), known.get("changed")) == (status.st_size, status.st_mtime_ns)
-        return known["content"] if same and "content" in known else file_hash(data)
+        return file_hash(data)
 
     @classmethod
     def prepare(cls, data: Path, tokenizer: Tokenizer, folder: Path, broken: str = "refuse") -> "Corpus":
-        """Of a folder that was prepared before, or of a JSONL file, tokenised into `folder` unless that was
-        done.
+        """A folder that was prepared before, or a JSONL file, tokenised into `folder` unless that was done.
 
-        Raises InputError for broken lines, for data without documents, and for tokens of another tokenizer.
+        Raises InputError for broken lines, data without documents, tokens of another tokenizer, and damaged
+        files.
         """
         name = hashlib.sha256(f"{tokenizer.system} {tokenizer.encoder.to_str()}".encode()).hexdigest()[:16]
         if data.is_dir():
-            meta = read_json(data / "meta.json")
-            same = meta.get("tokenizer") == name
+            same = read_json(data / "meta.json").get("tokenizer") == name
             require(same, f"{data}: was not tokenised with this tokenizer; give its JSONL file.")
-            return cls.open(data)
-        status, dtype = data.stat(), "uint16" if len(tokenizer) <= 2**16 else "uint32"
-        made_of = {
-            "content": cls.content(data, folder),
-            "source": str(data.resolve()),
-            "bytes": status.st_size,
-        }
-        made_of |= {"changed": status.st_mtime_ns, "tokenizer": name, "dtype": dtype, "broken": broken}
+            return cls.verified(data)
+        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        made_of = {"content": cls.content(data, folder), "tokenizer": name, "dtype": dtype, "broken": broken}
         if (folder / "meta.json").is_file() and made_of.items() <= read_json(folder / "meta.json").items():
-            return cls.open(folder)
+            return cls.verified(folder)
         for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
             shutil.rmtree(old, ignore_errors=True)
-        part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        offsets = [0]
-        bar = tqdm(total=status.st_size, desc=f"tokenising {data.name}", unit="B", unit_scale=True)
+        part, offsets = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), [0]
+        total = data.stat().st_size
+        bar = tqdm(total=total, desc=f"tokenising {data.name}", unit="B", unit_scale=True)
         try:
             part.mkdir(parents=True)
             with open(part / "tokens.bin", "wb") as ids, open(part / "trainable.bin", "wb") as flags, bar:
@@ -450,7 +450,8 @@ class Corpus:
                     offsets.append(offsets[-1] + len(tokens))
             require(len(offsets) > 1, f"{data}: holds no documents.")
             np.save(part / "offsets.npy", np.array(offsets, np.int64))
-            made_of |= {"documents": len(offsets) - 1, "tokens": offsets[-1]}
+            made_of |= {"source": str(data.resolve()), "file": file_status(data), "tokens": offsets[-1]}
+            made_of["sha256"] = {file: file_hash(part / file) for file in CORPUS_FILES}
             (part / "meta.json").write_text(json.dumps(made_of, indent=2) + "\n")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
@@ -458,24 +459,43 @@ class Corpus:
             shutil.rmtree(part, ignore_errors=True)
         return cls.open(folder)
 
+    @classmethod
+    def verified(cls, folder: Path) -> "Corpus":
+        """`open`, where the files' checksums are those of `prepare`. Raises InputError otherwise."""
+        corpus, known = cls.open(folder), read_json(folder / "meta.json").get("sha256")
+        intact = known == {file: file_hash(folder / file) for file in CORPUS_FILES}
+        require(intact, f"{folder}: its files are damaged; remove it, and it is made again.")
+        return corpus
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_status(path: Path) -> list[int]:
+    """Size and time of change: a file in which they are the same is taken to be the same."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
 
 # --- Packing ---
 
-Piece = tuple[int, int, int]  # a document, and [start, stop) of it; what lies beyond its end is padding
+Piece = tuple[int, int, int]  # a document, and [start, stop) of it; beyond the document's end it is padding
 
 
 def pack(
     lengths: np.ndarray, seq_len: int, block_size: int, packing: str, rng: np.random.Generator
 ) -> list[list[Piece]]:
-    """Each document once, in rows of at most `seq_len` positions, in a random order; see PACKINGS for the
-    ways.
+    """Each document once, in rows of at most `seq_len` positions, in a random order; see PACKINGS.
 
-    "documents" puts each document into the fullest row that has room for it; only one that is longer than a
-    row is cut, into rows of its own. The other two drop the last, incomplete row.
+    "documents" puts each document into the fullest row that has room for it. Only a document that is longer
+    than a row is cut, into rows of its own. The other two ways drop the last, incomplete row.
     """
     rows, order = [], rng.permutation(len(lengths)).tolist()
     if packing == "documents":
-        room, sizes = defaultdict(list), 0  # free positions -> rows; and which keys have rows, as bits
+        room, sizes = defaultdict(list), 0  # free positions -> rows; bit n of sizes: some row has n free ones
         for document in order:
             for start in range(0, lengths[document], seq_len):
                 need = round_up(int(min(lengths[document] - start, seq_len)), block_size)
@@ -508,48 +528,50 @@ def pack(
 
 def endless_rows(lengths: np.ndarray, *how, seed: int) -> Iterator[list[Piece]]:
     """Packed rows, epoch after epoch: a function of the arguments alone."""
-    epoch = 0
-    while True:
+    for epoch in count():
         rows = pack(lengths, *how, np.random.default_rng([seed, epoch]))
-        require(
-            rows,
-            f"The data does not fill one row of {how[0]} positions; give more of it, or a lower --seq-len.",
-        )
+        some = f"The data does not fill one row of {how[0]} positions; give more of it, or a lower --seq-len."
+        require(rows, some)
         yield from rows
-        del rows  # before the next epoch's are there
-        epoch += 1
+        del rows  # frees them before the next epoch's are made
 
 
 @dataclass
 class Batch:
-    """Rows of the network's input, each (B, L)."""
+    """Rows of the network's input, each field (B, L)."""
 
     tokens: Tensor
     trainable: Tensor
     documents: Tensor | None  # numbers of the documents of a row; None: a row is one
     masked: Tensor | None = None  # what view 1 masks
 
-    def to(self, device) -> "Batch":
-        move = lambda x: None if x is None else x.to(device, non_blocking=True)
-        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if x is None else to_device(x, device) for x in vars(self).values()))
 
     def split(self, rows: int) -> list["Batch"]:
-        parts = [
-            (x.split(rows) if x is not None else None) for x in (getattr(self, f.name) for f in fields(self))
-        ]
-        return [Batch(*(p[i] if p else None for p in parts)) for i in range(len(parts[0]))]
+        columns = [repeat(None) if x is None else x.split(rows) for x in vars(self).values()]
+        return [Batch(*parts) for parts in zip(*columns)]
+
+    def outputs(self, kind: str, complement: bool) -> Tensor:
+        """Flat indices of the outputs that have a target; kind is diffusion or ar."""
+        if kind == "ar":
+            return causal_outputs(self.trainable, self.documents)
+        views = noisy_views(self.trainable, self.masked, complement)
+        return diffusion_outputs(self.trainable, self.documents, views)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copied without waiting for what the device still computes, which takes pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def lay_out(
     corpus: Corpus, rows: list[list[Piece]], seq_len: int, pad: int, separate_documents: bool
 ) -> Batch:
-    """The rows' tokens; positions without a document are padding, which does not train."""
+    """The rows' tokens. Positions without a document are padding, which does not train."""
     shape = len(rows), seq_len
-    tokens, trainable, documents = (
-        np.full(shape, pad, np.int64),
-        np.zeros(shape, bool),
-        np.zeros(shape, np.int32),
-    )
+    tokens, trainable = np.full(shape, pad, np.int64), np.zeros(shape, bool)
+    documents = np.zeros(shape, np.int32)
     for r, row in enumerate(rows):
         at = 0
         for number, (document, start, stop) in enumerate(row, 1):
@@ -557,20 +579,18 @@ def lay_out(
             tokens[r, at : at + len(ids)], trainable[r, at : at + len(ids)] = ids, flags
             documents[r, at : at + stop - start] = number
             at += stop - start
-    tensors = map(torch.from_numpy, (tokens, trainable, documents))
-    return Batch(*tensors) if separate_documents else Batch(*islice(tensors, 2), None)
+    numbers = torch.from_numpy(documents) if separate_documents else None
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(trainable), numbers)
 
 
 def draw_noise(batch: Batch, block_size: int, *seeds: list[int]) -> None:
-    """View 1's masks, each row's from seeds of its own, so that they do not depend on who runs the row."""
+    """View 1's masks, each row's from its own seed, so that any process may run the row."""
     generators = [torch.Generator().manual_seed(int(np.random.default_rng(s).integers(2**63))) for s in seeds]
     rows = [complementary_noise(row[None], block_size, g) for row, g in zip(batch.trainable, generators)]
     batch.masked = torch.cat(rows)
 
 
 # --- Devices ---
-
-PATIENT = []  # the group of processes for waits that may take hours
 
 
 def rank() -> int:
@@ -597,15 +617,18 @@ def wait_for_all() -> None:
 
 
 def first_process(work: Callable[[], None]) -> None:
-    """Have the first process do something that the others wait for; a mistake it finds is everyone's."""
+    """Run long work in the first process while the others wait; its mistakes are raised in all of them."""
     problem = [None]
+    # a group of its own, so that a step that hangs is noticed after minutes all the same
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
     if rank() == 0:
         try:
             work()
         except (InputError, OSError) as error:
             problem = [str(error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(problem, group=PATIENT[0])
+    if patient is not None:
+        dist.broadcast_object_list(problem, group=patient)
+        dist.destroy_process_group(patient)
     require(problem[0] is None, problem[0])
 
 
@@ -620,80 +643,116 @@ def processes(device: str) -> Iterator[str]:
     if local is None:
         yield device
         return
-    # a step that hangs must not block for a day; only the tokenising, which the others wait for, may take
-    # long
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
-    PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(hours=24)))
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield device
     finally:
-        PATIENT.clear()
         dist.destroy_process_group()
+
+
+class Adapter(nn.Module):
+    """Low-rank layers for a model, and an embedding of masks, as one module of float32 weights.
+
+    The optimiser and the checkpoints see it; the model's own state dict stays the base's.
+    """
+
+    def __init__(self, model: Qwen2, r: int, alpha: float, seed: int, mask_row: Tensor):
+        super().__init__()
+        add_adapter(model, r, alpha)
+        generator = torch.Generator().manual_seed(seed)
+        self.layers = nn.ModuleList(layer.adapter.float() for layer in adapted_layers(model).values())
+        for low_rank in self.layers:
+            bound = low_rank.A.shape[1] ** -0.5
+            start = torch.empty(low_rank.A.shape).uniform_(-bound, bound, generator=generator)
+            low_rank.A.data.copy_(start)
+        self.mask_row = nn.Parameter(mask_row.detach().float().clone())
+
+    def lend(self, model: Qwen2) -> None:
+        """Give the model the masks' row as it is now, as a view: a parameter would become the model's own."""
+        model.mask_row = self.mask_row.view(-1).to(model.weight.dtype)
 
 
 class Objective(nn.Module):
     """Model and losses as one module: its forward pass is all that has gradients, as DDP and FSDP ask for."""
 
-    def __init__(self, model: Qwen2, complement: bool, clean: str, kinds: list[str], compute: torch.dtype):
+    def __init__(self, model: Qwen2, how: "Training"):
         super().__init__()
-        self.model, self.complement, self.clean, self.kinds, self.compute = (
-            model,
-            complement,
-            clean,
-            kinds,
-            compute,
-        )
+        self.model, self.how, self.compute, self.adapter = model, how, DTYPES[how.compute], None
+        if how.lora:  # the base is frozen, and the low-rank layers are on at all positions
+            mask_id = model.config.mask_token_id
+            self.adapter = Adapter(model, how.lora, 2.0 * how.lora, how.seed, model.weight[mask_id])
+            model.requires_grad_(False)
+            model.mask_row = None  # `masked` does not say where masks are, since it is on everywhere
+            model.model.embed_tokens.register_forward_hook(self.embed_masks)
 
-    def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Sum of cross entropies and number of right predictions of each kind of loss, diffusion or ar."""
-        model, data, found = self.model, (batch.tokens, batch.trainable), {}
-        # FSDP2 has cast the weights to the compute dtype already; autocast would cast again, and norms to
-        # float32
+    def embed_masks(self, embedding: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
+        """The trained row in place of the mask token's frozen one."""
+        masks = (inputs[0] == self.model.config.mask_token_id)[..., None]
+        return torch.where(masks, self.adapter.mask_row.to(x.dtype), x)
+
+    def forward(self, batch: Batch, outputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sum of the cross entropies and number of right predictions, per kind of loss.
+
+        outputs: per kind, diffusion or ar, what `Batch.outputs` gives.
+        """
+        model, tokens, documents, found = self.model, batch.tokens, batch.documents, {}
+        on = None if self.adapter is None else torch.ones(1, 1, 1, dtype=torch.bool, device=tokens.device)
+        # FSDP2 has cast the weights to the compute dtype; autocast would cast again, and norms to float32
         mixed = self.compute not in (torch.float32, model.weight.dtype)
-        with torch.autocast(batch.tokens.device.type, self.compute, enabled=mixed):
-            clean_hidden = None
-            if "diffusion" in self.kinds:
-                how = {"complement": self.complement, "clean": self.clean}
-                hidden, targets, clean_hidden = diffusion_outputs(
-                    model, *data, batch.masked, batch.documents, **how
-                )
-                found["diffusion"] = score(model, hidden, targets)
-            if "ar" in self.kinds:
-                clean_hidden = clean_hidden if self.clean == "causal" else None
-                found["ar"] = score(
-                    model, *causal_outputs(model, *data, batch.documents, hidden=clean_hidden)
-                )
+        with torch.autocast(tokens.device.type, self.compute, enabled=mixed):
+            if "diffusion" in outputs:
+                views = noisy_views(batch.trainable, batch.masked, self.how.complement)
+                hidden = diffusion_pass(model, tokens, views, documents, clean=self.how.clean, masked=on)
+                found["diffusion"] = score(model, *predictions(hidden, tokens, outputs["diffusion"]))
+            if "ar" in outputs:
+                made = found and self.how.clean == "causal"  # the clean copy is an ordinary causal pass
+                hidden = hidden[:, -1] if made else causal_pass(model, tokens, documents, masked=on)
+                found["ar"] = score(model, *predictions(hidden, tokens, outputs["ar"]))
         return found
 
 
-def distribute(objective: Objective, parallel: str, recompute: bool) -> nn.Module:
-    """As each process runs it: DDP, each with all weights, or FSDP2, each with its share of weights and
-    optimiser.
+def distribute(objective: Objective, how: "Training") -> nn.Module:
+    """Ready for several processes: DDP, where each has all weights, or FSDP2, where each has a share of them.
 
-    Weights are float32 from here on. `recompute` keeps only the layers' inputs for the backward pass. What
-    lies between the matrix products, the residual stream above all, is in the compute dtype under FSDP2,
-    which sends the weights around in it, and in float32 otherwise.
+    Trained weights are float32 from here on, frozen ones in the compute dtype. With `recompute` only the
+    layers' inputs are kept for the backward pass. What lies between the matrix products, such as the residual
+    stream, is in the compute dtype under FSDP2, which sends the weights in it, and in float32 otherwise.
     """
     layers = objective.model.model.layers
-    if recompute:
+    if how.recompute:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    size = sum(p.numel() for p in objective.model.parameters())
+    parallel = how.parallel if how.parallel != "auto" else "fsdp" if size > 1e9 else "ddp"
     if parallel == "fsdp" and dist.is_initialized():
         policy = MixedPrecisionPolicy(param_dtype=objective.compute, reduce_dtype=torch.float32)
-        for module in (*layers, objective):
-            fully_shard(module, mp_policy=policy)
-    objective.float()
+        for layer in layers:
+            fully_shard(layer, mp_policy=policy, reshard_after_forward=how.reshard)
+        fully_shard(objective, mp_policy=policy)
+    objective.model.to(torch.float32 if objective.adapter is None else objective.compute)
     if parallel == "ddp" and dist.is_initialized():
-        # otherwise it groups gradients anew after the first step, and a run that was resumed adds in another
-        # order
+        # without this, DDP regroups gradients after the first step, and a resumed run rounds differently
         return DistributedDataParallel(objective, find_unused_parameters=True)
     return objective
 
 
+def micro_batch(objective: nn.Module, last: bool, reshard: bool):
+    """A context for one micro-batch: only the last one of a step sends gradients, where memory allows it."""
+    if isinstance(objective, DistributedDataParallel) and not last:
+        return objective.no_sync()
+    if isinstance(objective, FSDPModule) and not reshard:
+        objective.set_requires_gradient_sync(last)
+        objective.set_reshard_after_backward(last)
+        objective.set_is_last_backward(last)
+    return nullcontext()
+
+
 # --- Checkpoints ---
-# A checkpoint is a folder of safetensors files, one per process with its share of weights and optimiser, and
-# JSON beside each: where a share lies in the whole tensor, and the file's checksum. Nothing in it is ever run
-# as code.
+# A checkpoint is a folder with one safetensors file per process, its share of weights and optimiser. The
+# file's header says where each piece lies in its whole tensor, and JSON beside it has the file's checksum. No
+# file runs as code. The folder gets its name when it is complete, so a run that is killed at any time resumes
+# from a complete one, and a step depends on nothing but that and the step's number.
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -701,62 +760,58 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
 
 
-def last_good(out: Path, below: Path | None = None) -> str:
-    """Words for the last checkpoint whose checksums are right, of those before `below`."""
-    for place in reversed([place for place in checkpoints(out) if below is None or place < below]):
+def last_good(out: Path) -> str:
+    """Words for the last checkpoint whose files are as they were written."""
+    for place in reversed(checkpoints(out)):
         try:
-            for file in place.glob("share-*.json"):
-                verified(file)
-        except InputError:
+            intact_shares(place)
+            return f"the last good one is {place}"
+        except (InputError, OSError):
             continue
-        return f"the last good one is {place}"
     return "there is no good one"
 
 
-def verified(index: Path) -> dict:
-    """The contents of a share's JSON. Raises InputError where the share is not what was written."""
-    content, data = read_json(index), index.with_suffix(".safetensors")
-    require(data.is_file(), f"{data}: is missing.")
-    require(file_hash(data) == content.get("sha256"), f"{data}: is damaged, its checksum differs.")
-    return content
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()
+def intact_shares(place: Path) -> list[Path]:
+    """A checkpoint's safetensors files. Raises InputError where one is missing or is not what was written."""
+    shares = sorted(place.glob("share-*.safetensors"))
+    require(shares, f"{place} has no files")
+    for share in shares:
+        known = read_json(share.with_suffix(".json"))
+        require(known.get("sha256") == file_hash(share), f"the checksum of {share.name} differs")
+        require(known.get("shares") == len(shares), f"there are {len(shares)} files of {known.get('shares')}")
+    return shares
 
 
 def state_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and AdamW's state by name, the tensors themselves; state that is not there yet is zeros."""
+    """The trained tensors and AdamW's state, by name, not copied; state that AdamW does not have yet is 0."""
     found = {}
     for name, p in objective.named_parameters():
-        name = name.removeprefix("module.")  # DDP's
-        state = optimizer.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach())
-        found[f"model.{name}"] = p.detach()
-        found |= {f"optimizer.{name}.{key}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        if p.requires_grad:
+            state, name = optimizer.state[p], name.removeprefix("module.")  # DDP's
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state |= {key: torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            found[f"model.{name}"] = p.detach()
+            found |= {f"optimizer.{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
     return found
 
 
 def share_of(tensor: Tensor) -> tuple[Tensor, int]:
-    """This process's rows of a tensor, and the first one's number; FSDP2 splits tensors by rows."""
+    """This process's rows of a tensor, as a view, and the first one's index; FSDP2 splits tensors by rows."""
     if not isinstance(tensor, DTensor):
-        return tensor, 0
-    local, rows = tensor.to_local(), -(-tensor.shape[0] // world_size())
-    return local, min(rank() * rows, tensor.shape[0])
+        return tensor if tensor.dim() else tensor.view(1), 0
+    rows = -(-tensor.shape[0] // world_size())
+    return tensor.to_local(), min(rank() * rows, tensor.shape[0])
 
 
 def same_run(out: Path, run: dict) -> None:
     """Raises InputError where the folder holds another run's checkpoints: going on would mix the two."""
     file = out / "run.json"
     if checkpoints(out) and file.exists():
-        for name, value in read_json(file).items():
+        known = read_json(file)
+        same = known.get("content") == run["content"]
+        require(same, f"{out}: holds a run on other data, or the data has changed; take another --out.")
+        for name, value in known.items():
             ok = run.get(name) == value
             require(ok, f"{out}: holds a run with {name} {value}, not {run.get(name)}; take another --out.")
     for old in (out / "checkpoints").glob(".*.tmp"):  # of a run that was killed
@@ -766,19 +821,15 @@ def same_run(out: Path, run: dict) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """The folder for this run alone, else InputError; a killed run leaves no lock."""
+    """Keep other runs out of the folder. Raises InputError where one uses it; a killed run leaves no lock."""
     out.mkdir(parents=True, exist_ok=True)
-    if rank() > 0:
+    if rank() > 0 or fcntl is None:
         yield
         return
     with open(out / ".lock", "w") as file:
         try:
-            import fcntl
-
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"{out}: another run is using it; wait for it, or take another --out.") from None
         yield
 
@@ -786,28 +837,27 @@ def locked(out: Path) -> Iterator[None]:
 def save_checkpoint(
     out: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, keep: int
 ) -> None:
-    """Written beside its place and renamed, so that each one there is complete; then all but the last `keep`
-    go.
+    """Write a checkpoint, renamed to its name when complete, and delete all but the last `keep`.
 
-    Raises InputError where it cannot be written; those that are there stay.
+    Raises InputError where it cannot be written; earlier ones stay.
     """
     place = out / "checkpoints" / f"step-{step:07d}"
     part = place.with_name(f".{place.name}.tmp")
-    tensors, pieces = {}, {}
+    tensors, first_rows, shares = {}, {}, 1
     for name, tensor in state_tensors(objective, optimizer).items():
         local, first = share_of(tensor)
-        if (isinstance(tensor, DTensor) or rank() == 0) and (local.dim() == 0 or len(local)):
-            tensors[name] = local.detach().cpu().contiguous()
-            pieces[name] = {"shape": list(tensor.shape), "first": first}
+        if isinstance(tensor, DTensor) or rank() == 0:
+            tensors[name], first_rows[name] = local.cpu().contiguous(), first
+            shares = world_size() if isinstance(tensor, DTensor) else shares
     try:
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         wait_for_all()
-        file = part / f"share-{rank():05d}.safetensors"
-        save_file(tensors, file)
-        index = {"step": step, "sha256": file_hash(file), "tensors": pieces}
-        file.with_suffix(".json").write_text(json.dumps(index))
+        if rank() < shares:
+            file = part / f"share-{rank():05d}.safetensors"
+            save_file(tensors, file, {"step": str(step), "first_rows": json.dumps(first_rows)})
+            file.with_suffix(".json").write_text(json.dumps({"sha256": file_hash(file), "shares": shares}))
         wait_for_all()
         if rank() == 0:
             os.replace(part, place)
@@ -822,60 +872,63 @@ def save_checkpoint(
 
 
 def load_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Take up the last checkpoint, on any number of processes; the step it was written after, or 0."""
-    if not (there := checkpoints(out)):
+    """Take up the last checkpoint, on any number of processes; the step it was written after, or 0.
+
+    Raises InputError where it is damaged.
+    """
+    if not checkpoints(out):
         return 0
-    place = there[-1]
-    try:
-        shares = {
-            file.with_suffix(".safetensors"): verified(file) for file in sorted(place.glob("share-*.json"))
-        }
-        require(shares, f"{place}: is empty.")
-        step = next(iter(shares.values()))["step"]
-        for name, tensor in state_tensors(objective, optimizer).items():
-            local, first = share_of(tensor)
-            filled = 0
-            for file, index in shares.items():
-                piece = index["tensors"].get(name)
-                if piece is None:
-                    continue
-                require(piece["shape"] == list(tensor.shape), f"{file}: {name} has another shape.")
-                with safe_open(file, "pt") as content:
-                    if local.dim() == 0:
-                        local.copy_(content.get_tensor(name))
-                        filled = 1
-                        continue
-                    part = content.get_slice(name)
-                    rows = part.get_shape()[0]
-                    low, high = max(first, piece["first"]), min(first + len(local), piece["first"] + rows)
-                    if low < high:
-                        local[low - first : high - first] = part[
-                            low - piece["first"] : high - piece["first"]
-                        ].to(local)
-                        filled += high - low
-            require(filled == (1 if local.dim() == 0 else len(local)), f"{place}: {name} is not complete.")
-    except (InputError, OSError, SafetensorError, KeyError, TypeError) as error:
-        reason = str(error).strip().rstrip(".") or "unknown"
-        raise InputError(
-            f"{place}: the checkpoint cannot be read ({reason}); remove it to go on from an earlier one: "
-            f"{last_good(out, place)}."
-        ) from None
+    place = checkpoints(out)[-1]
+
+    def check():
+        try:
+            intact_shares(place)
+        except InputError as error:
+            reason = str(error).rstrip(".")
+            raise InputError(
+                f"{place}: the checkpoint is damaged ({reason}); {last_good(out)}; remove the damaged one."
+            ) from None
+
+    first_process(check)
+    mine = {name: share_of(tensor) for name, tensor in state_tensors(objective, optimizer).items()}
+    missing = {name: len(local) for name, (local, _) in mine.items()}
+    for share in sorted(place.glob("share-*.safetensors")):
+        with safe_open(share, "pt") as file:
+            first_rows = json.loads(file.metadata()["first_rows"])
+            for name in first_rows.keys() & mine.keys():
+                (local, first), there, part = mine[name], first_rows[name], file.get_slice(name)
+                low, high = max(first, there), min(first + len(local), there + part.get_shape()[0])
+                if low < high:
+                    local[low - first : high - first] = part[low - there : high - there]
+                    missing[name] -= high - low
+            step = int(file.metadata()["step"])
+    require(not any(missing.values()), f"{place}: the checkpoint is of another model; take another --out.")
     return step
 
 
 def save_result(
     out: Path, objective: nn.Module, model: Qwen2, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> None:
-    """The model as a folder that `load` reads, whatever it is spread over."""
+    """Write a folder that `load` reads, from all processes' shares, with low-rank layers merged."""
     weights = {}
     for name, p in objective.named_parameters():
         whole = p.full_tensor() if isinstance(p, DTensor) else p  # all processes take part
         if rank() == 0:
-            weights[name.removeprefix("module.").removeprefix("model.")] = whole.detach().cpu().to(dtype)
+            weights[name.removeprefix("module.")] = whole.detach().cpu()
     if rank() == 0:
+        for i, (name, layer) in enumerate(adapted_layers(model).items()):
+            if layer.adapter is not None:
+                A, B = (weights.pop(f"adapter.layers.{i}.{part}") for part in "AB")
+                base = weights[f"model.{name}.weight"]
+                weights[f"model.{name}.weight"] = base.float() + layer.adapter.scale * (B @ A)
+        if "adapter.mask_row" in weights:
+            row = weights.pop("adapter.mask_row")
+            weights["model.model.embed_tokens.weight"][model.config.mask_token_id] = row
+        weights = {name.removeprefix("model."): weight.to(dtype) for name, weight in weights.items()}
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # where it is tied
         with torch.device("meta"):
             result = Qwen2(model.config)
-        result.load_state_dict(weights, assign=True, strict=False)  # a tied head is in there once
+        result.load_state_dict(weights, assign=True)
         result.tie()
         save(result, tokenizer, out)
     wait_for_all()
@@ -884,13 +937,10 @@ def save_result(
 # --- Training ---
 
 
-def setting(default, help: str, kind: type | None = None, low=0, high=None, choices: tuple = ()):
+def setting(default, help: str, low=0, high=10**9, choices: tuple = ()):
     """A field with its help on the command line, and which values it may have."""
-    kind = kind or (type(default) if type(default) in (int, float) else None)
-    high = 10**9 if high is None and kind else high
-    return field(
-        default=default, metadata={"help": help, "kind": kind, "low": low, "high": high, "choices": choices}
-    )
+    kind = type(default) if type(default) in (int, float) else None
+    return knob(default, help, kind, low, high, choices)
 
 
 def check_numbers(how) -> None:
@@ -909,14 +959,12 @@ PACKINGS = {
 
 @dataclass(frozen=True)
 class Training:
-    """How to train; batch, length, rate, steps, warm-up, schedule and noise are the paper's, which names no
-    others.
-    """
+    """How to train; batch, length, rate, steps, warm-up, schedule and noise are the paper's."""
 
-    steps: int = setting(6000, "Steps of the optimiser.", low=1)
-    batch_size: int = setting(256, "Rows per step, of all devices together.", low=1)
-    seq_len: int = setting(2048, "Positions of a row.", low=1)
-    micro_batch: int = setting(1, "Rows that a device runs at once; changes memory and speed only.", low=1)
+    steps: int = setting(6000, "Steps of the optimiser.", 1)
+    batch_size: int = setting(256, "Rows per step, of all devices together.", 1, 2**16)
+    seq_len: int = setting(2048, "Positions of a row.", 1)
+    micro_batch: int = setting(1, "Rows that a device runs at once; changes memory and speed only.", 1)
     lr: float = setting(2e-5, "Peak learning rate of AdamW.", high=100)
     warmup: int = setting(500, "Steps of linear warm-up.")
     schedule: str = setting(
@@ -924,12 +972,13 @@ class Training:
     )
     weight_decay: float = setting(0.01, "AdamW's, of matrices.")
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW, as is usual for language models
-    clip: float = setting(1.0, "Largest gradient norm.", low=1e-9)
+    clip: float = setting(1.0, "Largest gradient norm.", 1e-9)
     ar_weight: float = setting(0.0, "Weight of a causal loss beside the diffusion loss.")
     clean: str = setting(
         "block", "What the clean copy sees: blocks (paper), or causal.", choices=("block", "causal")
     )
     complement: bool = setting(True, "Train on the complementary view as well.")
+    lora: int = setting(0, "Train low-rank layers of this rank, merged into the result; 0: all weights.")
     packing: str = setting(
         "documents", "; ".join(f"{k}: documents {v}" for k, v in PACKINGS.items()), choices=tuple(PACKINGS)
     )
@@ -940,11 +989,14 @@ class Training:
         "auto", "Under torchrun; auto: fsdp above 1e9 weights.", choices=("auto", "ddp", "fsdp")
     )
     recompute: bool = setting(False, "Keep only the layers' inputs for the backward pass.")
+    reshard: bool = setting(
+        True, "Under fsdp, share weights again after each use; --no-reshard is faster and larger."
+    )
     seed: int = setting(0, "Of order, noise and random weights.")
-    save_every: int = setting(200, "Steps between checkpoints.", low=1)
-    keep: int = setting(2, "Checkpoints that stay.", low=1)
-    eval_every: int = setting(200, "Steps between looks at held-out data.", low=1)
-    eval_rows: int = setting(64, "Rows of held-out data.", low=1)
+    save_every: int = setting(200, "Steps between checkpoints.", 1)
+    keep: int = setting(2, "Checkpoints that stay.", 1)
+    eval_every: int = setting(200, "Steps between looks at held-out data.", 1)
+    eval_rows: int = setting(64, "Rows of held-out data.", 1, 2**16)
 
     def __post_init__(self):
         check_numbers(self)
@@ -955,13 +1007,12 @@ class Training:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
-        return (
-            self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
-        )
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-PRESETS = {  # the paper's, on 64 devices
-    "1.5b": {"lr": 2e-5, "steps": 6000, "recompute": True},
+PRESETS = {  # the paper's steps and rates, on 64 devices; on 80 GB, 1.5B needs no recomputing
+    "1.5b": {"lr": 2e-5, "steps": 6000, "reshard": False},
     "7b": {"lr": 1e-5, "steps": 2500, "recompute": True},
 }
 
@@ -977,10 +1028,9 @@ def initial_model(folder: Path, from_scratch: bool, device: str, seed: int) -> t
         model = Qwen2(config)
         for name, p in model.named_parameters():
             if p.dim() == 2:
-                out = name.endswith(
-                    ("o_proj.weight", "down_proj.weight")
-                )  # two additions to the residual a layer
-                torch.nn.init.normal_(p, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if out else 0.02)
+                # a layer adds to the residual stream twice, and the sum of all layers should stay of one size
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+                torch.nn.init.normal_(p, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if adds else 0.02)
             elif name.endswith("bias"):
                 torch.nn.init.zeros_(p)
         model.to(device)
@@ -989,8 +1039,7 @@ def initial_model(folder: Path, from_scratch: bool, device: str, seed: int) -> t
 
 
 def with_mask_token(tokenizer: Tokenizer, rows: int) -> Tokenizer:
-    """A tokenizer that knows `|<MASK>|`, under its first free id: 151665 in Qwen2.5, whose embedding has that
-    row.
+    """A tokenizer that knows `|<MASK>|`, under its first free id: 151665 in Qwen2.5, which has a row.
 
     Its files are one `tokenizer.json` and the settings. Raises InputError where the embedding has too few
     `rows`.
@@ -998,21 +1047,16 @@ def with_mask_token(tokenizer: Tokenizer, rows: int) -> Tokenizer:
     if tokenizer.id("|<MASK>|") is not None:
         return tokenizer
     new = len(tokenizer)
-    require(
-        new < rows,
-        f"The mask token would be id {new}, outside the embedding of {rows} rows; add a row to it.",
-    )
+    room = f"The mask token would be id {new}, outside the embedding of {rows} rows; add a row to it."
+    require(new < rows, room)
     tokenizer.encoder.add_special_tokens([AddedToken("|<MASK>|", normalized=False)])
     settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"][str(new)] = {"content": "|<MASK>|", "special": True}
-    files = {"tokenizer.json": tokenizer.encoder.to_str().encode(), "tokenizer_config.json": dump(settings)}
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    files = {"tokenizer.json": tokenizer.encoder.to_str().encode(), "tokenizer_config.json": text.encode()}
     kept = {name: tokenizer.files[name] for name in ("chat_template.jinja",) if name in tokenizer.files}
     return Tokenizer(tokenizer.encoder, tokenizer.system, files | kept)
-
-
-def dump(settings: dict) -> bytes:
-    return json.dumps(settings, indent=2, ensure_ascii=False).encode()
 
 
 class Trainer:
@@ -1026,19 +1070,14 @@ class Trainer:
         self.size = model.config.block_size
         self.pad = model.config.mask_token_id or 0
         self.device = model.weight.device
-        ok, most = how.seq_len % self.size == 0, model.config.max_position_embeddings
-        require(ok, f"--seq-len {how.seq_len} is no multiple of the block size {self.size}.")
-        require(how.seq_len <= most, f"--seq-len {how.seq_len} is more than the model's {most} positions.")
+        check_length(how.seq_len, self.size, model.config.max_position_embeddings)
         share = world_size() * how.micro_batch
         ok = how.batch_size % share == 0
         parts = f"{world_size()} processes x --micro-batch {how.micro_batch}"
         require(ok, f"--batch-size {how.batch_size} is no multiple of {share}, {parts}.")
-        parameters = sum(p.numel() for p in model.parameters())
-        parallel = how.parallel if how.parallel != "auto" else "fsdp" if parameters > 1e9 else "ddp"
-        objective = Objective(model, how.complement, how.clean, list(kinds), DTYPES[how.compute])
-        self.objective = distribute(objective, parallel, how.recompute)
-        decayed = [p for p in model.parameters() if p.dim() == 2]
-        others = [p for p in model.parameters() if p.dim() < 2]
+        self.objective = distribute(Objective(model, how), how)
+        trained = [p for p in self.objective.parameters() if p.requires_grad]
+        decayed, others = [p for p in trained if p.dim() == 2], [p for p in trained if p.dim() < 2]
         groups = [
             {"params": decayed, "weight_decay": how.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -1046,7 +1085,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=how.betas, fused=True)
         if heldout:
             rows = list(islice(self.rows(heldout, 0), round_up(how.eval_rows, share)))
-            self.looked_at = self.batch(heldout, rows, 0, 0)
+            self.heldout_batch = self.batch(heldout, rows, 0, 0)
 
     def rows(self, corpus: Corpus, seed: int) -> Iterator[list[Piece]]:
         return endless_rows(corpus.lengths, self.how.seq_len, self.size, self.how.packing, seed=seed)
@@ -1059,40 +1098,38 @@ class Trainer:
         draw_noise(batch, self.size, *([seed, step, i] for i in mine))
         return batch
 
-    def target_counts(self, batch: Batch) -> dict[str, float]:
-        """Targets of each kind of loss in all processes' shares: what the sums are divided by."""
-        masked = batch.trainable if self.how.complement else batch.masked
-        flags = {"ar": batch.trainable, "diffusion": masked}
-        counts = [targets_of(flags[kind], batch.documents).sum().item() for kind in self.kinds]
-        return dict(zip(self.kinds, total(counts, self.device)))
-
     def step(
         self, batch: Batch, backward: bool = True, progress: Callable = lambda rows: None
     ) -> dict[str, float]:
-        """Gradients of one step, as if all its rows had run at once; loss and accuracy of each kind.
+        """Gradients of one step, as if all its rows had run at once; loss and accuracy per kind.
 
-        `progress` is told how many rows of all processes have run, after each micro-batch.
+        Calls `progress` with the number of rows that all processes have run, after each micro-batch.
         """
-        counts, sums = self.target_counts(batch), {kind: [0.0, 0.0] for kind in self.kinds}
-        parts = batch.split(self.how.micro_batch)
-        ddp = isinstance(self.objective, DistributedDataParallel)
+        how, sums = self.how, {kind: [0.0, 0.0] for kind in self.kinds}
+        parts = batch.split(how.micro_batch)
+        # found here, on the CPU: on a device, finding them would wait for all that it still computes
+        outputs = [{kind: part.outputs(kind, how.complement) for kind in self.kinds} for part in parts]
+        counts = total([sum(len(found[kind]) for found in outputs) for kind in self.kinds], self.device)
+        counts = {kind: max(1, n) for kind, n in zip(self.kinds, counts)}
         for i, part in enumerate(parts):
-            with self.objective.no_sync() if ddp and i + 1 < len(parts) else nullcontext():
-                found = self.objective(part.to(self.device))
+            indices = {kind: to_device(x, self.device) for kind, x in outputs[i].items()}
+            with micro_batch(self.objective, i + 1 == len(parts), how.reshard):
+                found = self.objective(part.to(self.device), indices)
                 if backward:  # DDP and FSDP average over processes, the loss is a sum over them
-                    weigh = lambda kind: self.kinds[kind] * world_size() / max(1, counts[kind])
+                    weigh = lambda kind: self.kinds[kind] * world_size() / counts[kind]
                     sum(loss * weigh(kind) for kind, (loss, _) in found.items()).backward()
             for kind, (loss, right) in found.items():
                 sums[kind] = [sums[kind][0] + loss.detach(), sums[kind][1] + right]
-            progress(self.how.micro_batch * world_size())
+            progress(how.micro_batch * world_size())
         flat = total([float(value) for kind in self.kinds for value in sums[kind]], self.device)
         names = [(kind, name) for kind in self.kinds for name in ("loss", "accuracy")]
-        return {f"{kind}_{name}": value / max(1, counts[kind]) for (kind, name), value in zip(names, flat)}
+        return {f"{kind}_{name}": value / counts[kind] for (kind, name), value in zip(names, flat)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on held-out rows, always the same ones with the same noise."""
-        return {f"heldout_{name}": value for name, value in self.step(self.looked_at, backward=False).items()}
+        """Loss and accuracy on held-out rows, always the same rows with the same noise."""
+        found = self.step(self.heldout_batch, backward=False)
+        return {f"heldout_{name}": value for name, value in found.items()}
 
     def run(self, out: Path) -> None:
         """Train to the last step, from the last checkpoint in `out` if there is one.
@@ -1102,15 +1139,13 @@ class Trainer:
         how, log = self.how, out / "metrics.jsonl"
         done = load_checkpoint(out, self.objective, self.optimizer)
         require(done <= how.steps, f"{out}: has done {done} steps already, more than --steps {how.steps}.")
-        if rank() == 0:  # what was logged after the checkpoint is run again
-            lines = (
-                log.read_bytes().decode(errors="replace").splitlines(keepends=True) if log.exists() else []
-            )
-            replace_file(log, partial(Path.write_text, data="".join(lines[:done])))
+        if rank() == 0:  # steps after the checkpoint run again
+            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+            replace_file(log, partial(Path.write_bytes, data=b"".join(lines[:done])))
         order = self.rows(self.corpus, how.seed)
         for _ in range(done * how.batch_size):
             next(order)
-        rows_done, all_rows = done * how.batch_size, how.steps * how.batch_size
+        all_rows, rows_done = how.steps * how.batch_size, done * how.batch_size
         bar = tqdm(total=all_rows, initial=rows_done, unit="row", disable=rank() > 0)
         with open(log if rank() == 0 else os.devnull, "a", buffering=1) as file, bar:
             for step in range(done, how.steps):
@@ -1118,16 +1153,14 @@ class Trainer:
                 rows = list(islice(order, how.batch_size))
                 losses = self.step(self.batch(self.corpus, rows, step, how.seed), progress=bar.update)
                 norm = nn.utils.clip_grad_norm_(self.objective.parameters(), how.clip)
-                norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+                norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
                 if not all(map(math.isfinite, (norm, *losses.values()))):
                     documents = sorted({document for row in rows for document, _, _ in row})
                     some = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
                     raise InputError(
                         f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm}); its "
-                        "batch "
-                        f"holds documents {some} (of the tokenised data, from 0). Of checkpoints, "
-                        f"{last_good(out)}; a "
-                        "lower --lr may help."
+                        f"batch holds documents {some} (of the tokenised data, from 0). Of checkpoints, "
+                        f"{last_good(out)}; a lower --lr may help."
                     )
                 for group in self.optimizer.param_groups:
                     group["lr"] = how.learning_rate(step)
@@ -1147,16 +1180,21 @@ class Trainer:
                 try:
                     file.write(json.dumps(record) + "\n")
                 except OSError as error:
-                    raise InputError(
-                        f"{log}: cannot be written ({error.strerror}); {last_good(out)}."
-                    ) from None
-                shown = {"step": step + 1} | {
-                    name: f"{value:.3f}" for name, value in record.items() if name.endswith("loss")
-                }
-                bar.set_postfix(shown | {"tokens/s": f"{record['tokens'] / seconds:,.0f}"}, refresh=False)
+                    reason = f"{log}: cannot be written ({error.strerror})"
+                    raise InputError(f"{reason}; of checkpoints, {last_good(out)}.") from None
+                shown = {name: f"{value:.3f}" for name, value in record.items() if name.endswith("loss")}
+                shown |= {"step": step + 1, "tokens/s": f"{record['tokens'] / seconds:,.0f}"}
+                bar.set_postfix(shown, refresh=False)
                 if (step + 1) % how.save_every == 0 or last:
                     file.flush()
                     save_checkpoint(out, self.objective, self.optimizer, step + 1, how.keep)
+
+
+def check_length(seq_len: int, block_size: int, most: int) -> None:
+    """Raises InputError for a row's length that the model or the blocks do not allow."""
+    ok = seq_len % block_size == 0
+    require(ok, f"--seq-len {seq_len} is no multiple of the block size {block_size}.")
+    require(seq_len <= most, f"--seq-len {seq_len} is more than the model's {most} positions.")
 
 
 # --- Drafts ---
@@ -1329,27 +1367,6 @@ def simulate(model: Qwen2, known: Known, documents: Iterable[int], width: int) -
     return kept
 
 
-class DraftAdapter(nn.Module):
-    """The adapter's float32 weights as one module, for the optimiser and the checkpoints."""
-
-    def __init__(self, model: Qwen2, how: Drafting):
-        super().__init__()
-        add_adapter(model, how.rank, how.alpha)
-        generator = torch.Generator().manual_seed(how.seed)
-        self.layers = nn.ModuleList(layer.adapter.float() for layer in adapted_layers(model).values())
-        for low_rank in self.layers:
-            bound = low_rank.A.shape[1] ** -0.5
-            start = torch.empty(low_rank.A.shape).uniform_(-bound, bound, generator=generator)
-            low_rank.A.data.copy_(start)
-        stop = model.config.stop_token_ids[-1:] or (0,)
-        # the row of a token that is sure to be trained is as good as any to begin with
-        self.mask_row = nn.Parameter(model.weight[stop[0]].detach().float().clone())
-
-    def lend(self, model: Qwen2) -> None:
-        """Give the model the masks' row as it is now, as a view: a parameter would become the model's own."""
-        model.mask_row = self.mask_row.view(-1).to(model.weight.dtype)
-
-
 class DraftTrainer(Trainer):
     """A frozen model and the adapter that is trained on it."""
 
@@ -1362,7 +1379,9 @@ class DraftTrainer(Trainer):
         if how.int8 and self.device.type == "cpu":
             some = np.random.default_rng(how.seed).permutation(len(corpus.lengths))[:4]
             to_int8(model, [Known(model, corpus, 0).tokens(i)[:512] for i in some])
-        self.objective = DraftAdapter(model, how)
+        # the row of a token that is sure to be trained is as good as any to begin with
+        start = model.weight[(model.config.stop_token_ids[-1:] or (0,))[0]]
+        self.objective = Adapter(model, how.rank, how.alpha, how.seed, start)
         limit = how.cache_gb * 1e9
         self.known = Known(model, corpus, limit)
         self.known_heldout = heldout and Known(model, heldout, limit / 4)
@@ -1417,67 +1436,45 @@ class DraftTrainer(Trainer):
 
 
 def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: int) -> Iterator[str]:
-    """Lines that show a packed row to a person: its views, which output answers for which token, and its
-    mask.
-    """
-    separate = how.packing == "documents"
+    """Lines that show a packed row to a person: its views, what each output predicts, and its mask."""
+    separate, mask_id = how.packing == "documents", tokenizer.id("|<MASK>|")
     rows = endless_rows(corpus.lengths, how.seq_len, size, how.packing, seed=how.seed)
-    batch = lay_out(corpus, [next(islice(rows, row, None))], how.seq_len, tokenizer.id("|<MASK>|"), separate)
+    batch = lay_out(corpus, [next(islice(rows, row, None))], how.seq_len, mask_id, separate)
     require(batch.trainable.any(), f"Row {row} has nothing that trains; show another --row.")
     draw_noise(batch, size, [how.seed, 0, row])
-    views = [batch.masked[0], (batch.trainable & ~batch.masked)[0]][: 1 + how.complement]
+    views = noisy_views(batch.trainable, batch.masked, how.complement)[0]
     targets = targets_of(batch.trainable, batch.documents)[0]
-    text = [
-        tokenizer.decode([i], skip_special_tokens=False).replace("\n", "\\n")
-        for i in batch.tokens[0].tolist()
-    ]
-    documents = [0] * how.seq_len if batch.documents is None else batch.documents[0].tolist()
-    parts = [
-        f"{documents.index(d)}-{how.seq_len - 1 - documents[::-1].index(d)}"
-        for d in sorted(set(documents))
-        if d
-    ]
+    text = [tokenizer.decode([i], skip_special_tokens=False) for i in batch.tokens[0].tolist()]
     yield f"Row {row}: {how.seq_len} positions in blocks of {size}, {targets.sum()} targets"
-    yield (
-        f"Documents, kept separate, at positions {', '.join(parts)}"
-        if separate
-        else "Documents see each other"
-    )
-    for name, masked in [
-        ("clean", torch.zeros_like(views[0])),
-        *((f"view {i}", v) for i, v in enumerate(views, 1)),
-    ]:
-        yield f"\n{name}:"
-        words = ["_" * max(1, len(word.strip())) if m else word for word, m in zip(text, masked.tolist())]
-        words = [
-            " " + word if m and full[:1] == " " else word
-            for word, full, m in zip(words, text, masked.tolist())
-        ]
-        padded = re.sub(r"(\|<MASK>\|)+", lambda m: f" [padding x {len(m[0]) // 8}]", "".join(words))
-        yield padded.replace("\\n", "\n")
+    documents = [] if batch.documents is None else batch.documents[0].tolist()
+    at = [[i for i, d in enumerate(documents) if d == number] for number in sorted({*documents} - {0})]
+    parts = ", ".join(f"{positions[0]}-{positions[-1]}" for positions in at)
+    yield f"Documents, kept separate, at positions {parts}" if separate else "Documents see each other"
+    named = {f"view {i}": view for i, view in enumerate(views, 1)}
+    for name, masked in {"clean": torch.zeros_like(targets), **named}.items():
+        blank = lambda word: " " * word.startswith(" ") + "_" * max(1, len(word.strip()))
+        words = "".join(blank(word) if m else word for word, m in zip(text, masked.tolist()))
+        padding = lambda found: f" [padding x {len(found[0]) // len('|<MASK>|')}]"
+        yield f"\n{name}:\n" + re.sub(r"(\|<MASK>\|)+", padding, words)
     first = int(targets.nonzero()[0]) // size * size
-    yield f"\nThe block of positions {first}-{first + size - 1}; the output at i answers for position i + 1:"
-    yield (
-        f"{'position':>8}  {'token':<16}"
-        + "".join(f"view {i:<12}" for i in range(1, 1 + len(views)))
-        + "answered by"
-    )
+    yield f"\nThe block of positions {first}-{first + size - 1}; the output at i predicts the token at i + 1:"
+    yield f"{'position':>8}  {'token':<16}" + "".join(f"{name:<17}" for name in named) + "predicted by"
+    text = [word.replace("\n", "\\n") for word in text]
     for i in range(first, first + size):
         states = "".join(f"{'|<MASK>|' if masked[i] else text[i]:<17}" for masked in views)
-        by = [f"output {i - 1} of view {n}" for n, masked in enumerate(views, 1) if masked[i] and targets[i]]
+        by = [f"output {i - 1} of {name}" for name, masked in named.items() if masked[i] and targets[i]]
         yield f"{i:>8}  {text[i]:<16}{states}{by[0] if by else '-'}"
     blocks = min(how.seq_len // size, 12)
     yield f"\nWhich block sees which ({blocks} of {how.seq_len // size}); a row is a query, a column a key:"
-    at = [part * how.seq_len + block * size for part in range(1 + len(views)) for block in range(blocks)]
-    first_of = torch.tensor(at)  # a block's first position sees what all of it see
-    mask = visibility(how.seq_len, size, len(views), batch.documents, how.clean)(
-        0, None, first_of[:, None], first_of
-    )
-    names = [*(f"view {i}" for i in range(1, 1 + len(views))), "clean"]
+    names = [*named, "clean"]
+    at = [part * how.seq_len + block * size for part in range(len(names)) for block in range(blocks)]
+    first_of = torch.tensor(at)  # all of a block see the same blocks as its first position
+    sees = visibility(how.seq_len, size, len(views), batch.documents, how.clean)
+    mask = sees(0, None, first_of[:, None], first_of)
     yield " " * 9 + " ".join(f"{name:<{blocks}}" for name in names)
-    for n in range(len(at)):
-        seen = "".join((" " * (k % blocks == 0 < k)) + ".#"[mask[n, k]] for k in range(len(at)))
-        yield f"{names[n // blocks] if n % blocks == 0 else '':<9}{seen}"
+    for n, seen in enumerate(mask):
+        cells = "".join((" " * (k % blocks == 0 < k)) + ".#"[see] for k, see in enumerate(seen.tolist()))
+        yield f"{names[n // blocks] if n % blocks == 0 else '':<9}{cells}"
 
 
 # --- Command line ---
@@ -1485,11 +1482,9 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
 SHIPPED = Path(__file__).parent / "tiny"
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, path_type=Path)
-POSITIVE = click.IntRange(1, 10**6)
-DIFFUSION = ("complement", "clean", "ar_weight")  # settings that only the adaptation has
+DIFFUSION = ("complement", "clean", "ar_weight", "lora")  # settings that only the adaptation has
 COMMON = [f.name for f in fields(Training) if "help" in f.metadata and f.name not in DIFFUSION]
 DTYPE_NAMES = click.Choice(["float32", "bfloat16", "float16"])
-BROKEN = click.Choice(["refuse", "skip"])
 
 
 def take_preset(context: click.Context, _, name: str | None) -> None:
@@ -1507,23 +1502,29 @@ run_options = several(
     click.option("--out", required=True, type=FOLDER, help="Folder of the result, checkpoints, metrics."),
     click.option("--heldout", type=FILE, help="Data to measure on, never to train on."),
     click.option(
-        "--broken", type=BROKEN, default="refuse", help="A broken line ends the run, or is left out."
+        "--broken",
+        type=click.Choice(["refuse", "skip"]),
+        default="refuse",
+        help="A broken line ends the run, or is left out.",
     ),
     click.option("--device", default="auto", help="auto, cpu, cuda or mps."),
-    click.option("--threads", type=POSITIVE, help="CPU threads  [default: torch's]"),
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads  [default: torch's]"),
 )
-preset = {
-    "type": click.Choice(list(PRESETS)),
-    "callback": take_preset,
-    "is_eager": True,
-    "expose_value": False,
-}
+preset_option = click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    callback=take_preset,
+    is_eager=True,
+    expose_value=False,
+    help="The paper's steps and rate for a model of this size.",
+)
 model_options = several(
-    click.option("--preset", **preset, help="The paper's steps and rate for a model of this size."),
     click.option("--from-scratch", is_flag=True, help="Random weights; --model gives config and tokenizer."),
     click.option("--save-dtype", type=DTYPE_NAMES, default="float32", help="Of the result's file."),
 )
-block_option = click.option("--block-size", type=POSITIVE, help="[default: the checkpoint's, or 32]")
+block_option = click.option(
+    "--block-size", type=click.IntRange(1, 10**6), help="[default: the checkpoint's, or 32]"
+)
 
 
 @click.group(help=__doc__.split("\n\n")[0], context_settings={"help_option_names": ["-h", "--help"]})
@@ -1532,7 +1533,7 @@ def main():
 
 
 def open_data(out: Path, run: dict, data: Path, heldout: Path | None, tokenizer: Tokenizer, broken: str):
-    """Training and held-out data, tokenised by the first process, once it is sure that the run goes on.
+    """Training and held-out data, tokenised by the first process after it has checked that the run may go on.
 
     Raises InputError for a folder with another run, and for data that cannot be used.
     """
@@ -1547,8 +1548,29 @@ def open_data(out: Path, run: dict, data: Path, heldout: Path | None, tokenizer:
     return there(data, "tokens"), heldout and there(heldout, "heldout")
 
 
+def lasting(how) -> dict:
+    """Settings that may not change when a run is resumed."""
+    free = {
+        "micro_batch",
+        "parallel",
+        "recompute",
+        "reshard",
+        "save_every",
+        "keep",
+        "eval_every",
+        "eval_rows",
+    }
+    free |= {"betas", "cache_gb"} | ({"steps"} if getattr(how, "schedule", None) == "constant" else set())
+    return {name: value for name, value in asdict(how).items() if name not in free}
+
+
+def block_size_of(wanted: int | None, trained: int) -> int:
+    """The diffusion block to adapt to: what was asked for, the checkpoint's, or the paper's 32."""
+    return wanted or (trained if trained > 1 else 32)
+
+
 def train(objective, folder, data, out, heldout, broken, device, threads, from_scratch, save_dtype, **how):
-    """One run, of the process that `torchrun` started or the only one."""
+    """One run, in the only process or in one of those that `torchrun` started."""
     block_size = how.pop("block_size", None)
     how = Training(**how)
     if threads:
@@ -1557,13 +1579,14 @@ def train(objective, folder, data, out, heldout, broken, device, threads, from_s
         model, tokenizer = initial_model(folder, from_scratch, device, how.seed)
         if objective == "adapt":
             tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
-        trained, mask = model.config.block_size, model.config.mask_token_id
-        size = 1 if objective == "ar" else block_size or (trained if trained > 1 else 32)
+        size = 1 if objective == "ar" else block_size_of(block_size, model.config.block_size)
         require(objective == "ar" or size > 1, "--block-size 1 is autoregressive; `train.py ar` trains that.")
+        mask = model.config.mask_token_id
         mask = tokenizer.id("|<MASK>|") if mask is None else mask
         model.config = replace(model.config, block_size=size, mask_token_id=mask)
         run = {"objective": objective, "model": str(folder), "vocab_size": model.config.vocab_size}
         run |= {"block_size": size} | lasting(how)
+        run |= {"base_digest": base_digest(model)} if how.lora else {}  # no checkpoint holds a frozen base
         corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
         kinds = {"ar": 1.0} if objective == "ar" else {"diffusion": 1.0}
         if objective == "adapt" and how.ar_weight:
@@ -1572,14 +1595,8 @@ def train(objective, folder, data, out, heldout, broken, device, threads, from_s
         trainer.run(out)
         save_result(out, trainer.objective, model, tokenizer, DTYPES[save_dtype])
         if rank() == 0:
-            click.echo(f"The result is in {out}; try it: python cli.py generate --model {out}", err=True)
-
-
-def lasting(how) -> dict:
-    """Settings that may not change when a run is resumed."""
-    free = {"micro_batch", "parallel", "recompute", "save_every", "keep", "eval_every", "eval_rows", "betas"}
-    free |= {"cache_gb"} | ({"steps"} if getattr(how, "schedule", None) == "constant" else set())
-    return {name: value for name, value in asdict(how).items() if name not in free}
+            line = shlex.join(["python", "cli.py", "generate", "--model", str(out)])
+            click.echo(f"The result is in {out}; try it: {line}", err=True)
 
 
 @main.command(help="Ordinary next-token training, causal.")
@@ -1593,6 +1610,7 @@ def ar(**given):
 
 @main.command(help="Make a block-diffusion model of an autoregressive one (paper, section 3).")
 @run_options
+@preset_option
 @model_options
 @block_option
 @options(Training, *COMMON, *DIFFUSION)
@@ -1631,8 +1649,8 @@ def draft_command(folder, data, heldout, out, broken, base, dtype, device, threa
         if rank() == 0:
             trainer.objective.lend(model)
             save_adapter(model, out, how.alpha, base or str(folder), digest)
-            line = f"python cli.py generate --model {folder} --adapter {out} --verify"
-            click.echo(f"The adapter is in {out}; try it: {line}", err=True)
+            line = shlex.join(["--model", str(folder), "--adapter", str(out), "--verify"])
+            click.echo(f"The adapter is in {out}; try it: python cli.py generate {line}", err=True)
         wait_for_all()
 
 
@@ -1648,9 +1666,8 @@ def show_command(folder, data, row, block_size, **how):
     tokenizer = load_tokenizer(folder)
     config = read_config(folder, tokenizer)
     tokenizer = with_mask_token(tokenizer, config.vocab_size)
-    size = block_size or (config.block_size if config.block_size > 1 else 32)
-    ok = how.seq_len % size == 0
-    require(ok, f"--seq-len {how.seq_len} is no multiple of the block size {size}.")
+    size = block_size_of(block_size, config.block_size)
+    check_length(how.seq_len, size, config.max_position_embeddings)
     documents = list(islice(read_documents(data, tokenizer, "skip"), 500))  # enough to fill rows
     require(documents, f"{data}: holds no documents.")
     offsets = np.cumsum([0, *(len(tokens) for tokens, _ in documents)])

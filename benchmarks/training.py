@@ -1,8 +1,7 @@
 """The trainer's layouts and the recipe's ablations, side by side.
 
     python benchmarks/training.py layouts --shape 1.5b --seq-len 2048 --rows 1 --recompute
-    python benchmarks/training.py ablations --parent build/tiny/ar --data build/tiny/train.jsonl --work
-    build/ablations
+    python benchmarks/training.py ablations --parent build/ar --data build/train.jsonl --work build/ablations
 
 `layouts`: tokens per second and memory of one training step. Two layouts of the same loss, [view 1 ; view 2 ;
 clean] (3L tokens) and two times [view ; clean] (4L, the original's), with the dense mask and with the
@@ -63,12 +62,13 @@ def measure(
     """Loss, tokens per second (median of the steps), and memory beyond the weights and their gradients, of
     one way.
     """
-    from train import Objective, complementary_noise, distribute, training_loss
+    from train import Objective, Training, complementary_noise, distribute, training_loss
 
     layout, attention = WAYS[way]
     network, _ = build(model, shape, None, device, "float32")
     network.requires_grad_(True)
-    distribute(Objective(network, True, "block", ["diffusion"], torch.bfloat16), "ddp", recompute)
+    how = Training(recompute=recompute)
+    distribute(Objective(network, how), how)
     where = network.lm_head.weight.device
     generator = torch.Generator().manual_seed(0)
     size = network.config.block_size
@@ -103,9 +103,7 @@ def measure(
         from train import visibility
 
         views = 2 if layout == "3L" else 1
-        tiles = sparse_mask(
-            visibility(seq_len, size, views, None, "block"), None, (views + 1) * seq_len, where
-        )
+        tiles = sparse_mask(visibility(seq_len, size, views), None, (views + 1) * seq_len, where)
         found["tiles_skipped_percent"] = tiles.sparsity()
     return found
 
