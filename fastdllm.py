@@ -3,7 +3,7 @@
 An autoregressive (AR) model, fine-tuned a little, becomes a block-diffusion model. Text is written block by
 block. A block starts as masks; each pass guesses the masked positions of a sub-block in parallel, and every
 guess above a confidence threshold is kept. Finished blocks stay in a KV cache as in any AR model. With block
-size 1 it is one.
+size 1 it is an ordinary AR model.
 
     model, tokenizer = load("tiny/checkpoint")
     prompt = tokenizer.chat([{"role": "user", "content": "..."}])
@@ -124,9 +124,8 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every position of every row, allocated once and written in place.
 
-    There is one slot per position, and it holds what the last pass over its position wrote. The block cache
-    (paper, section 4) is the slots of finished blocks, which no later pass runs again. DualCache's sub-block
-    cache is the slots of the block in work.
+    Each position has one slot, which every pass over it overwrites. The block cache (paper, section 4) is the
+    slots of finished blocks; DualCache's sub-block cache is those of the block in work.
     """
 
     def __init__(self, config: Config, rows: int, length: int, weight: Tensor):
@@ -335,7 +334,7 @@ def window_pass(
 
 
 def looks_from(tokens: Tensor, positions: Tensor, one_block: bool, mask_id: int | None) -> Tensor:
-    """The positions that the mask is made for: (B or 1, T), or (B or 1, 1) where one serves the whole window.
+    """The position that each query counts as having in the mask, (B or 1, T), or (B or 1, 1) for all.
 
     A query looks from its own position. A mask (`mask_id`; None: there is none) looks from the end of its
     window. Inside a diffusion block that is the same block. In a draft, whose block size is 1, it lets the
@@ -671,8 +670,9 @@ class Row:
 class VerifiedRow(Row):
     """A row whose guesses are only drafts: the model's AR reading decides, so the answer is AR's.
 
-    Everything is read with block size 1. The last known token is not committed yet. A cycle is two passes and
-    writes at least two tokens: what AR predicts after that token, drafts that AR confirms, and one more.
+    Everything is read with block size 1. A cycle is a draft pass, then a verify pass. The draft pass adds AR's
+    next token; the verify pass adds the drafts that AR agrees with, then AR's next token. Where no draft is
+    worth it, the verify pass is left out. Between passes the last known token is not committed yet.
     """
 
     def __init__(self, *given, **more):

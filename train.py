@@ -101,7 +101,7 @@ def complementary_noise(
 def visibility(
     length: int, block_size: int, views: int, documents: Tensor | None = None, clean: str = "block"
 ) -> Callable:
-    """The mask's one definition: `sees(row, head, query, key)`, of indices in [noisy views ; clean].
+    """Training's mask, defined once: `sees(row, head, query, key)`, of indices in [noisy views ; clean].
 
     A noisy query sees its own block of its own view, and the clean blocks before it. A clean query sees the
     clean blocks up to its own, or with `clean` "causal" the clean positions up to its own. Nothing clean sees
@@ -783,12 +783,12 @@ def intact_shares(place: Path) -> list[Path]:
 
 
 def state_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The trained tensors and AdamW's state, by name, not copied; state that AdamW does not have yet is 0."""
-    found = {}
+    """The trained tensors and AdamW's state, by name, not copied; before the first step the state is made, 0."""
+    found, fresh = {}, not optimizer.state
     for name, p in objective.named_parameters():
         if p.requires_grad:
             state, name = optimizer.state[p], name.removeprefix("module.")  # DDP's
-            if not state:
+            if fresh:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state |= {key: torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
             found[f"model.{name}"] = p.detach()
@@ -1129,6 +1129,9 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on held-out rows, always the same rows with the same noise."""
         found = self.step(self.heldout_batch, backward=False)
+        for module in self.objective.modules():
+            if isinstance(module, FSDPModule):  # it leaves weights gathered when no backward pass follows
+                module.reshard()
         return {f"heldout_{name}": value for name, value in found.items()}
 
     def run(self, out: Path) -> None:
