@@ -783,7 +783,7 @@ def intact_shares(place: Path) -> list[Path]:
 
 
 def state_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The trained tensors and AdamW's state, by name, not copied; before the first step the state is made, 0."""
+    """The trained tensors and AdamW's state, by name, not copied; before the first step it is made."""
     found, fresh = {}, not optimizer.state
     for name, p in objective.named_parameters():
         if p.requires_grad:

@@ -227,8 +227,7 @@ def test_trace_writes_regular_files_only_and_says_so_first(tmp_path, monkeypatch
     assert (tmp_path / "fifo").is_fifo()
 
 
-@pytest.mark.parametrize("name", ["generate", "chat"])
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+@pytest.mark.parametrize("name, closed", [("generate", "<&-"), ("generate", ">&-"), ("chat", "<&- >&-")])
 def test_closed_standard_streams_give_no_traceback(name, closed):
     given = "hi" if name == "generate" else ""
     command = f"{sys.executable} {ROOT / 'cli.py'} {name} {given} --device cpu --max-new-tokens 3 {closed}"
