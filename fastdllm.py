@@ -671,8 +671,8 @@ class VerifiedRow(Row):
     """A row whose guesses are only drafts: the model's AR reading decides, so the answer is AR's.
 
     Everything is read with block size 1. A cycle is a draft pass, then a verify pass. The draft pass adds
-    AR's next token; the verify pass adds the drafts that AR agrees with, then AR's next token. Where no draft is
-    worth it, the verify pass is left out. Between passes the last known token is not committed yet.
+    AR's next token; the verify pass adds the drafts that AR agrees with, then AR's next token. Where no draft
+    is worth it, the verify pass is left out. Between passes the last known token is not committed yet.
     """
 
     def __init__(self, *given, **more):
