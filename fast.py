@@ -87,6 +87,16 @@ def prepack(model: Qwen2) -> Qwen2:
 # --- Recorded passes ---
 
 
+def avoid_cudnn_attention() -> None:
+    """Take cuDNN out of torch's choice of attention kernels, for the whole process.
+
+    On an H100 torch prefers it, and it plans each shape that is new to it for 55 ms to 1 s. The keys of an
+    eager pass become more with every block, so that `chat` and each prefill would pay that again and again. A
+    program calls this once; a library would surprise its caller.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class Recorded(NamedTuple):
     """A pass as it is kept: tensors to fill before it runs, what runs it, and where its guesses appear."""
 

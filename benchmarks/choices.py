@@ -1,9 +1,9 @@
 """Which choices make one pass faster, and what loading costs: milliseconds and memory, as JSON.
 
-    python benchmarks/choices.py cpu --shape 0.5b --json FILE       # dtypes, threads, prepacked, joined,
-    compiled python benchmarks/choices.py cuda --shape 7b --json FILE        # eager and recorded passes,
-    cuDNN on and off python benchmarks/choices.py profile --shape 7b --json FILE     # kernels of one pass
-    python benchmarks/choices.py memory --shape 1.5b --json FILE    # peak memory and time of loading
+    python benchmarks/choices.py cpu --shape 0.5b --json FILE      # prepacked, joined, compiled; threads
+    python benchmarks/choices.py cuda --shape 7b --json FILE       # recorded, fused, kinds of attention
+    python benchmarks/choices.py profile --shape 7b --json FILE    # kernels of one pass
+    python benchmarks/choices.py memory --shape 1.5b --json FILE   # peak memory and time of loading
 
 `cpu` and `cuda` run windows of 1 token (AR), 8 (a sub-block) and 32 (a block) against a full cache, without
 the head. Medians of rounds in which all ways take turns. The ways:
@@ -16,6 +16,8 @@ joined          one product for q, k and v, and one for gate and up
 compiled        CPU: the whole pass by torch.compile; CUDA (`fused`): norms and rotary embedding only
 written out     CUDA: attention as two products and a softmax
 cuDNN           CUDA: its attention kernel allowed
+flash           CUDA: flash attention with each row's number of keys on the device, instead of a mask
+paged           the same on pages of the cache, which also divides the keys among the processors
 """
 
 import json
@@ -65,14 +67,18 @@ def milliseconds(work: Callable, seconds: float = 0.3) -> float:
     return median(taken)
 
 
-def one_pass(model: Qwen2, batch: int, width: int, seen: int) -> Callable:
-    """A pass over the first `width` positions of the last block of `seen`, of rows whose cache is full."""
+def one_pass(model: Qwen2, batch: int, width: int, seen: int, masked: bool = True) -> Callable:
+    """A pass over the first `width` positions of the last block of `seen`, of rows whose cache is full.
+
+    masked=False makes no mask, for attention that knows the number of keys by itself.
+    """
     device, size = model.weight.device, 1 if width == 1 else BLOCK
     cache = KVCache(model.config, batch, seen, model.weight)
     cache.k.zero_(), cache.v.zero_()
     tokens = torch.randint(700, (batch, width), device=device)
     positions = (seen - BLOCK + torch.arange(width, device=device)).expand(batch, width)
-    queries = looks_from(tokens, positions, True, None)  # as in a recorded pass, whose positions vary
+    # as in a recorded pass, whose positions vary
+    queries = looks_from(tokens, positions, True, None) if masked else None
     write, read = (torch.arange(batch, device=device)[:, None], positions), (slice(batch), slice(seen))
     return partial(window_pass, model, cache, tokens, positions, write, read, queries, size, False)
 
@@ -120,6 +126,32 @@ def written_out(q, k, v, bias=None):
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])
     scores = grouped @ k.transpose(2, 3) * q.shape[3] ** -0.5
     return ((scores + bias).softmax(dim=-1) @ v).reshape(q.shape)
+
+
+PAGE = 256  # slots; the kernel takes multiples of it, and a recorded pass's cache grows by as many
+
+
+def flash(lengths: torch.Tensor, width: int, seen: int, paged: bool) -> Callable:
+    """`grouped_attention` of windows of `width` by flash attention: row i sees its first lengths[i] slots.
+
+    lengths: (B,) int32. They lie on the device, so one recording serves all of them, without a mask and
+    without a shape per number of slots read. On pages, and for single tokens, the kernel divides the keys
+    among the processors too; else only rows and heads, which at batch 1 leaves most processors idle. CUDA and
+    half precision only. torch's public `varlen_attn` is the same call, and fills one more tensor each time.
+    """
+    count = partial(torch.arange, device=lengths.device, dtype=torch.int32)
+    first_query, first_key = (count(len(lengths) + 1) * size for size in (width, seen))
+    pages = count(len(lengths) * seen // PAGE).view(len(lengths), -1) if paged else None
+
+    def attend(q, k, v, bias=None):
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T or B * S, heads, d)
+        if paged:
+            k, v = (x.unflatten(0, (-1, PAGE)) for x in (k, v))
+        where, how = (first_query, first_key, width, seen), {"seqused_k": lengths, "block_table": pages}
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *where, 0.0, False, False, **how)[0]
+        return out.unflatten(0, (-1, width)).transpose(1, 2)
+
+    return attend
 
 
 # --- Commands ---
@@ -189,7 +221,8 @@ def cpu(model, shape, layers, threads, dtypes, compiled, rounds, seconds, target
             write(target, {"model": shape or "shipped", "layers": layers, "ms": found})
 
 
-WAYS = ("products", "eager", "recorded", "recorded, cuDNN", "written out", "fused", "joined", "joined fused")
+WAYS = "products", "eager", "recorded", "recorded, cuDNN", "written out", "flash", "flash, paged"
+WAYS += "fused", "joined", "joined fused"
 SMALL = (fastdllm.RMSNorm, "forward"), (fastdllm, "rotate")  # which read and write much and compute little
 
 
@@ -201,14 +234,14 @@ SMALL = (fastdllm.RMSNorm, "forward"), (fastdllm, "rotate")  # which read and wr
 @click.option("--seconds", default=0.5, show_default=True, help="To measure each.")
 @json_option
 def cuda(shape, layers, batch_sizes, device, seconds, target):
-    """Ways to make a recorded pass faster, against 1,280 positions, and each one's share of the machine's
-    limit.
-    """
+    """Ways to make a recorded pass faster, against 1,280 positions, with their share of the limit."""
     seen = 1280
     model, _ = build(str(cli.SHIPPED), shape, layers, device, "bfloat16")
     where, rows = model.weight.device, {}
     machine = limits(where, torch.bfloat16)
     for way in WAYS:
+        if way.startswith("flash") and where.type != "cuda":
+            continue
         if way == "joined":
             join(model)
         changes = {(fastdllm, "grouped_attention"): written_out} if way == "written out" else {}
@@ -220,11 +253,17 @@ def cuda(shape, layers, batch_sizes, device, seconds, target):
         for batch in batch_sizes:
             for width in WINDOWS:
                 row = rows.setdefault((batch, width), {"batch": batch, "width": width})
+                if way.startswith("flash"):  # AR sees itself last, a block its end
+                    keys = seen - (BLOCK - 1) * (width == 1)
+                    lengths = torch.full((batch,), keys, device=where, dtype=torch.int32)
+                    changes = {(fastdllm, "grouped_attention"): flash(lengths, width, seen, "paged" in way)}
                 with torch.inference_mode(), ExitStack() as patches:
                     for place, new in changes.items():
                         patches.enter_context(mock.patch.object(*place, new))
                     alone = way == "products"
-                    run = products(model, batch * width) if alone else one_pass(model, batch, width, seen)
+                    masked = not way.startswith("flash")
+                    one = partial(one_pass, model, batch, width, seen, masked)
+                    run = products(model, batch * width) if alone else one()
                     # on a CPU, where only this script is tried, nothing is recorded
                     record = way != "eager" and where.type == "cuda"
                     work = RecordedPasses(model).capture(run, where) if record else run
@@ -237,9 +276,8 @@ def cuda(shape, layers, batch_sizes, device, seconds, target):
                 row["limit"] = round(1000 * limit, 3)
                 row.setdefault("share of the limit", {})[way] = round(1000 * limit / row[way], 3)
         found = {"shape": shape, "layers": layers, "positions": seen, "machine": machine}
-        write(
-            target, found | {"passes": list(rows.values())}
-        )  # after each way: a run that is cut off leaves these
+        # after each way: a run that is cut off leaves these
+        write(target, found | {"passes": list(rows.values())})
     for row in rows.values():
         click.echo(line(row))
 

@@ -4,21 +4,23 @@
     python benchmarks/peers.py --shape 0.5b --batch-sizes 1,4 --json FILE
     python benchmarks/peers.py --model FOLDER --adapter FOLDER --batch-sizes 1,4,16,32 --ragged --json FILE
 
-Transformers runs as its users run it: `generate`, greedy, with its defaults. Its network shares our tensors;
-on a CPU ours are prepacked beside them, so memory holds the weights twice. Each decoder writes exactly
-`--new-tokens` tokens. Rounds are interleaved after a warm-up; medians are reported with the lowest and
-highest. "First" is the time of a run that writes one token, and tokens/s is of what comes after it. The share
-of equal tokens counts those before the first difference of an answer and after it: rounding can part two
-kernels at a tie.
+Transformers runs as its users run it: `generate`, greedy, with its defaults, on CUDA without cuDNN's
+attention, as ours. On a CPU our weights are prepacked, so memory holds them twice; `--plain` measures ours
+with Transformers' own tensors too. Each decoder writes exactly `--new-tokens` tokens. Rounds are interleaved
+after a warm-up; medians are reported with the lowest and highest. "First" is the time of a run that writes
+one token, and tokens/s is of what comes after it. Equal are the tokens before the first difference of an
+answer and those after it: in half precision kernels differ with the shape, and rounding parts them at a tie.
 
-With a tokenizer the prompts are word problems in the chat format, repeated up to `--prompt-tokens`; else
-random ids. `--ragged` makes them of unequal length, from a quarter of `--prompt-tokens` up; Transformers pads
-on the left. The JSON is written after each batch size.
+Prompts are the first ones of `--prompts` (JSONL as `cli.py generate` takes it). Without it they are word
+problems in the chat format, repeated up to `--prompt-tokens`, or random ids where there is no tokenizer;
+`--ragged` makes these of unequal length, from a quarter of `--prompt-tokens` up. Transformers pads on the
+left. The JSON is written after each round.
 """
 
+import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -33,21 +35,19 @@ from speed import build, prepare, random_prompts, spread, table, wait, write_rep
 
 import cli  # noqa: E402
 from fast import RecordedPasses, prepack  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate, require  # noqa: E402
 from fastdllm import unparse_config as raw_config  # noqa: E402
 
 
 def as_autoregressive(model: Qwen2) -> Qwen2:
-    """The same weights without a mask token: like Transformers, it may guess every id."""
-    with torch.device("meta"):
-        plain = Qwen2(replace(model.config, block_size=1, mask_token_id=None, tokenizer_size=None))
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie()
-    return plain.eval()
+    """The same layers without a mask token: like Transformers, it may guess every id."""
+    plain = copy.copy(model)
+    plain.config = replace(model.config, block_size=1, mask_token_id=None, tokenizer_size=None)
+    return plain
 
 
 def as_transformers(plain: Qwen2):
-    """Transformers' network around the same weights."""
+    """Transformers' network around the same tensors."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**raw_config(plain.config))
@@ -76,9 +76,7 @@ def as_peer(peer, device: torch.device) -> Callable:
 def make_prompts(
     model: Qwen2, tokenizer: Tokenizer | None, count: int, length: int, ragged: bool
 ) -> list[list[int]]:
-    """Prompts of `length` tokens, or with `ragged` of lengths spread evenly from a quarter of it to all of
-    it.
-    """
+    """Prompts of `length` tokens, or with `ragged` of lengths spread evenly from a quarter of it up."""
     quarter = max(1, length // 4)
     lengths = [length - (length - quarter) * i // max(1, count - 1) * ragged for i in range(count)]
     if tokenizer is None:
@@ -100,8 +98,13 @@ def agreement(found: list[list[int]], expected: list[list[int]]) -> dict:
     return {"equal_tokens": share, "first_difference": first and {"row": first[1], "position": first[0]}}
 
 
-def measure(writers: dict, prompts: list[list[int]], new_tokens: int, rounds: int, device: torch.device):
-    """A row for each of several functions (prompts, count) -> new tokens; the first one is Transformers."""
+def measure(
+    writers: dict, prompts: list[list[int]], new_tokens: int, rounds: int, device: torch.device
+) -> Iterator[list[dict]]:
+    """A row for each of several functions (prompts, count) -> new tokens, the first of which is Transformers.
+
+    Yields the rows after each round, of all rounds so far.
+    """
     seconds, tokens = {name: [] for name in writers}, {}
     for number in range(rounds + 1):
         for name, write in writers.items():
@@ -112,15 +115,22 @@ def measure(writers: dict, prompts: list[list[int]], new_tokens: int, rounds: in
                 tokens[name] = write(prompts, count)
                 wait(device)
                 taken.append(time.perf_counter() - began)
+            assert all(len(answer) == new_tokens for answer in tokens[name])
             if number:  # the first one warms up
                 seconds[name].append(taken)
-    base, rows = next(iter(writers)), []
+        if number:
+            yield summary(seconds, tokens, prompts, new_tokens)
+
+
+def summary(seconds: dict, tokens: dict, prompts: list[list[int]], new_tokens: int) -> list[dict]:
+    """A row for each decoder, of (first token, all tokens) seconds of each round and the last answers."""
+    base, rows = next(iter(seconds)), []
     for name, taken in seconds.items():
-        assert all(len(answer) == new_tokens for answer in tokens[name])
         rates = [len(prompts) * (new_tokens - 1) / max(whole - first, 1e-9) for first, whole in taken]
         row = {
             "decoder": name,
             "batch_size": len(prompts),
+            "rounds": len(taken),
             "prompt_tokens": list(map(len, prompts)),
             "first_ms": spread([1000 * first for first, _ in taken]),
             "seconds": spread([whole for _, whole in taken]),
@@ -160,8 +170,10 @@ HEADER = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, 
 @click.option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
 @click.option("--layers", type=click.IntRange(1), help="Cut the shape to so many layers.")
 @click.option("--batch-sizes", default="1,4", show_default=True, callback=cli.numbers(int, 1))
+@click.option("--prompts", "file", help="JSONL with `prompt`, `messages` or `prompt_ids`.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--ragged", is_flag=True, help="Prompts of unequal length.")
+@click.option("--plain", is_flag=True, help="CPU: ours with plain weights too.")
 @click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Of each answer.")
 @click.option("--tokens-per-pass", type=int, help="Of the block decoder  [default: 3 of random weights]")
 @click.option("--sub-block-size", default=Decoding.sub_block_size, show_default=True)
@@ -170,9 +182,8 @@ HEADER = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, 
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all here.")
 @cli.reports_mistakes
 def main(
-    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, prompt_tokens, ragged,
-    new_tokens,
-    rounds, threads, json_file, **knobs,
+    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, file, prompt_tokens, ragged,
+    plain, new_tokens, rounds, threads, json_file, **knobs,
 ):  # fmt: skip
     try:
         from transformers import __version__ as version
@@ -181,50 +192,59 @@ def main(
             "Transformers is not installed; pip install -r benchmarks/requirements.txt"
         ) from None
     prepare(json_file, threads)
-    network, tokenizer = build(model, shape, layers, device, dtype, adapter)
+    given = model, shape, layers, device, dtype, adapter
+    network, tokenizer = build(*given)
     if shape:  # random weights are sure of nothing
         knobs["tokens_per_pass"] = knobs["tokens_per_pass"] or 3
-    plain, weight = as_autoregressive(network), network.weight
-    if weight.is_cuda:
-        # cuDNN's attention plans each new shape for 55 ms to 1 s, and a growing cache is a new shape at each
-        # token: neither side should be measured with that
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    peer = as_transformers(plain)
-    if packed:
-        prepack(plain)
-        if adapter:  # its layers carry the adapter, so they are modules of their own
-            prepack(network)
-        else:
-            network.model, network.lm_head = plain.model, plain.lm_head  # once for both ways to decode
-    recorded = {
-        id(each): RecordedPasses(each) if record and weight.is_cuda else None for each in (plain, network)
-    }
+    where = network.weight.device
+    peer = as_transformers(as_autoregressive(network))
+    ours = {"": network}  # what the decoder's name has behind it, and the network
+    if packed and where.type == "cpu":
+        ours = {"": prepack(build(*given)[0])} | ({", plain": network} if plain else {})
 
-    def ours(model: Qwen2, prompts: list[list[int]], count: int, **how) -> list[list[int]]:
+    def write(model: Qwen2, recorded: RecordedPasses | None, how: dict, prompts, count) -> list[list[int]]:
         decoding = Decoding(max_new_tokens=count, batch_size=len(prompts), stop_token_ids=(), **how)
-        return [result.tokens for result in generate(model, prompts, decoding, recorded[id(model)])]
+        return [result.tokens for result in generate(model, prompts, decoding, recorded)]
 
-    writers = {"transformers": as_peer(peer, weight.device), "ar": partial(ours, plain)}
-    if network.config.mask_token_id is not None:
-        writers["verify"] = partial(ours, network, verify=True)
-    if network.config.block_size > 1:
-        writers["block"] = partial(ours, network, **knobs)
-    batches = [make_prompts(network, tokenizer, size, prompt_tokens, ragged) for size in batch_sizes]
+    writers, ar_alike = {"transformers": as_peer(peer, where)}, {}
+    for name, each in ours.items():
+        twin = as_autoregressive(each)
+        passes = {
+            one: RecordedPasses(one) if record and where.type == "cuda" else None for one in (twin, each)
+        }
+        writers["ar" + name] = partial(write, twin, passes[twin], {})
+        if network.config.mask_token_id is not None:
+            writers["verify" + name] = partial(write, each, passes[each], {"verify": True})
+            # AR of the same model, which never guesses a mask either
+            ar_alike["verify" + name] = partial(write, each, passes[each], {"block_size": 1})
+        if network.config.block_size > 1:
+            writers["block" + name] = partial(write, each, passes[each], knobs)
     decoding = Decoding(max_new_tokens=new_tokens, **knobs if "block" in writers else {})
-    for prompt in batches[0]:
-        check_prompt(prompt, decoding.resolve(network.config), network.config)
+    decoding = decoding.resolve(network.config)
+    if file:
+        encoded = cli.encode_prompts(cli.read_jsonl(file), tokenizer, decoding, network.config)
+        require(len(encoded) >= max(batch_sizes), f"{file}: holds fewer prompts than --batch-sizes asks for.")
+        batches = [encoded[:size] for size in batch_sizes]
+    else:
+        batches = [make_prompts(network, tokenizer, size, prompt_tokens, ragged) for size in batch_sizes]
+        check_prompt(batches[0][0], decoding, network.config)  # the longest
     about = {"random_weights": bool(shape), "adapter": adapter, "transformers": version}
-    about |= {"attention": peer.config._attn_implementation, "prepacked": plain.prepacked, "ragged": ragged}
-    about |= {"new_tokens": new_tokens, "rounds": rounds, **knobs}
+    about |= {
+        "attention": peer.config._attn_implementation,
+        "prepacked": ours[""].prepacked,
+        "ragged": ragged,
+    }
+    about |= {"new_tokens": new_tokens, **knobs}
     rows = []
     for prompts in tqdm(batches, unit="batch size"):
-        measured = measure(writers, prompts, new_tokens, rounds, weight.device)
-        for row in measured:
-            answers = row.pop("tokens")
-            if row["decoder"] == "verify":  # beside AR of the same model, which never guesses a mask either
-                row["as_our_ar"] = agreement(answers, ours(network, prompts, new_tokens, block_size=1))
+        alike = {name: own(prompts, new_tokens) for name, own in ar_alike.items()}
+        for measured in measure(writers, prompts, new_tokens, rounds, where):
+            for row in measured:
+                answers = row.pop("tokens")
+                if row["decoder"] in alike:
+                    row["as_our_ar"] = agreement(answers, alike[row["decoder"]])
+            write_report(json_file, shape or model, network, about | {"rows": rows + measured})
         rows += measured
-        write_report(json_file, shape or model, network, about | {"rows": rows})
     click.echo(table(HEADER.split(", "), [cells(row) for row in rows]))
 
 

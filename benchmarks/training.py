@@ -1,12 +1,20 @@
 """The trainer's layouts and the recipe's ablations, side by side.
 
     python benchmarks/training.py layouts --shape 1.5b --seq-len 2048 --rows 1 --recompute
+    python benchmarks/training.py resume --device cuda
     python benchmarks/training.py ablations --parent build/ar --data build/train.jsonl --work build/ablations
 
 `layouts`: tokens per second and memory of one training step. Two layouts of the same loss, [view 1 ; view 2 ;
 clean] (3L tokens) and two times [view ; clean] (4L, the original's), with the dense mask and with the
 attention that train.py chooses. Each runs in a process of its own, for its memory; all see the same rows, a
 third of them prompts, and must give the same loss.
+
+Model FLOP use is of the products of weights that the loss
+needs, forward and backward, against the rate of a large product in bfloat16; attention and what `--recompute`
+does twice are not counted.
+
+`resume`: a run of one process under torchrun with sharded weights, stopped after a checkpoint and started
+again, beside one that was left alone: the same losses, and tokens per second.
 
 `ablations`: which parts of the recipe, and how much of it, buy what. Adapts the autoregressive parent anew
 for each row (six adaptations, about half an hour on one core; started again, it goes on where it stopped),
@@ -20,6 +28,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,7 +38,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from speed import build  # noqa: E402
+from speed import build, limits  # noqa: E402
 
 import cli  # noqa: E402
 
@@ -59,9 +68,7 @@ def peak_mib(device: torch.device) -> float:
 def measure(
     way: str, model: str, shape: str | None, device: str, rows: int, seq_len: int, steps: int, recompute: bool
 ):
-    """Loss, tokens per second (median of the steps), and memory beyond the weights and their gradients, of
-    one way.
-    """
+    """Loss, tokens per second (median of the steps), FLOP use, and memory beyond weights and gradients."""
     from train import Objective, Training, complementary_noise, distribute, training_loss
 
     layout, attention = WAYS[way]
@@ -96,8 +103,16 @@ def measure(
         if where.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    found = {"loss": loss.item(), "tokens_per_second": rows * seq_len / statistics.median(seconds[1:])}
+    step = statistics.median(seconds[1:])
+    found = {"loss": loss.item(), "tokens_per_second": rows * seq_len / step}
     found["memory_mib"] = peak_mib(where) - before
+    c = network.config
+    layers = sum(p.numel() for p in network.model.layers.parameters() if p.dim() == 2)
+    positions = rows * seq_len * (3 if layout == "3L" else 4)
+    # every trainable token is a target once, in the view that masks it
+    head = c.vocab_size * c.hidden_size * rows * (seq_len - seq_len // 3)
+    rate = limits(where, torch.bfloat16)["operations_per_second"]
+    found["flop_use"] = 3 * 2 * (layers * positions + head) / step / rate
     if where.type == "cuda" and attention == "auto":
         from fast import sparse_mask
         from train import visibility
@@ -133,12 +148,58 @@ def layouts(threads, target, one, **how):
             continue
         rows.append({"way": way} | json.loads(run.stdout))
         found = rows[-1]
-        click.echo(f"{way:<34}{found['tokens_per_second']:10,.0f} tokens/s {found['memory_mib']:9,.0f} MiB")
+        click.echo(
+            f"{way:<34}{found['tokens_per_second']:10,.0f} tokens/s {found['memory_mib']:9,.0f} MiB "
+            f"{100 * found['flop_use']:5.1f}% of the large product's rate"
+        )
+        if target:
+            about = cli.environment() | how | {"model": os.path.relpath(how["model"])}
+            target.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     losses = [row["loss"] for row in rows if "loss" in row]
-    click.echo(f"losses agree to {max(losses) - min(losses):.1e}")
+    if losses:
+        click.echo(f"losses agree to {max(losses) - min(losses):.1e}")
+    sys.exit(not losses)
+
+
+# --- Stopped and started again ---
+
+
+@main.command()
+@click.option("--model", default=str(cli.SHIPPED), help="Checkpoint.")
+@click.option("--data", default=str(ROOT / "tiny" / "sample.jsonl"), help="JSONL.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--processes", default=1, show_default=True)
+@click.option("--steps", default=12, show_default=True)
+@click.option("--seq-len", default=192, show_default=True)
+@click.option("--json", "target", type=click.Path(path_type=Path), help="Write the results here.")
+def resume(model, data, device, processes, steps, seq_len, target):
+    """A run under torchrun that is stopped and started again, beside one that is not."""
+    with tempfile.TemporaryDirectory() as work:
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        line += [ROOT / "train.py", "adapt", "--model", model, "--data", data, "--device", device]
+        line += ["--parallel", "fsdp", "--batch-size", 8, "--micro-batch", 4, "--seq-len", seq_len]
+        line += ["--steps", steps, "--save-every", steps // 3, "--lr", 1e-4, "--warmup", 2, "--out"]
+        whole, stopped = Path(work) / "whole", Path(work) / "stopped"
+        whole_line, stopped_line = ([*map(str, line), str(out)] for out in (whole, stopped))
+        subprocess.run(whole_line, check=True)
+        with subprocess.Popen(stopped_line, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not list(stopped.glob("checkpoints/step-*")):
+                time.sleep(0.02)
+            process.terminate()  # torchrun ends its processes, which do nothing more
+        steps_before = len((stopped / "metrics.jsonl").read_text().splitlines())
+        subprocess.run(stopped_line, check=True)
+        logs = [
+            [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            for out in (whole, stopped)
+        ]
+    losses = [[step["diffusion_loss"] for step in log] for log in logs]
+    found = {"stopped_after_step": steps_before, "losses": losses}
+    found["largest_difference"] = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    found["tokens_per_second"] = statistics.median(step["tokens"] / step["seconds"] for step in logs[0][1:])
+    click.echo(json.dumps(found))
     if target:
-        how["model"] = os.path.relpath(how["model"])
-        target.write_text(json.dumps(cli.environment() | how | {"rows": rows}, indent=1) + "\n")
+        about = {"device": device, "processes": processes, "model": os.path.relpath(model)}
+        target.write_text(json.dumps(cli.environment() | about | found, indent=1) + "\n")
 
 
 # --- Ablations ---

@@ -1,6 +1,4 @@
-"""`cli.py bench` and benchmarks/peers.py: counts, bytes, operations, the report, and mistakes; no time is
-judged.
-"""
+"""benchmarks/: counts, bytes, operations, reports, and mistakes; no time is judged."""
 
 import json
 import sys
@@ -12,9 +10,10 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import cli
-from fastdllm import Config, Decoding, Pass, Qwen2, generate, save
+from fastdllm import Config, Decoding, Pass, Qwen2, generate, grouped_attention, save
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import choices  # noqa: E402
 import peers  # noqa: E402
 
 from benchmarks import speed  # noqa: E402
@@ -29,7 +28,7 @@ def bench(*arguments):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
     target = tmp_path_factory.mktemp("bench") / "bench.json"
-    run = bench(*SMALL, "--decoders", "ar,block,fused,dual", "--json", target)
+    run = bench(*SMALL, "--decoders", "ar,block,fused,dual,verify", "--json", target)
     assert run.exit_code == 0, run.output
     return json.loads(target.read_text()) | {"stdout": run.stdout}
 
@@ -63,12 +62,13 @@ def test_rows_that_share_a_pass_are_counted_once(report):
 
 
 def test_each_decoder_shows_its_kinds_of_passes(report):
-    kinds = {name: set(row(report, name, 1)["passes"]) for name in ("ar", "block", "fused", "dual")}
+    kinds = {name: set(row(report, name, 1)["passes"]) for name in ("ar", "block", "fused", "dual", "verify")}
     assert kinds == {
         "ar": {"prefill", "commit"},
         "block": {"prefill", "full", "commit"},
         "fused": {"prefill", "full", "fused"},
         "dual": {"prefill", "refresh", "sub", "commit"},
+        "verify": {"prefill", "draft", "verify"},
     }
 
 
@@ -116,6 +116,15 @@ def test_operations_of_a_pass_are_products_and_attention():
     )  # AR sees itself too
 
 
+def test_the_masks_of_a_draft_see_each_other():
+    known, masks = [7], [CONFIG.mask_token_id] * 3
+    operations = lambda kind, tokens: speed.cost(
+        CONFIG, 2, [Pass(kind, 4, tokens, [5, 6, 7, 8], torch.empty(0), 5)], 1
+    )[1]
+    pair = 4 * 3 * 12
+    assert operations("draft", known + masks) - operations("verify", known + [7, 7, 7]) == pair * 3
+
+
 @pytest.mark.parametrize("shape", speed.SHAPES)
 def test_the_weights_that_are_counted_are_those_of_the_network(shape):
     config = speed.SHAPES[shape]
@@ -136,7 +145,7 @@ def test_the_report_names_hardware_versions_command_and_every_figure(report):
     ) in "hardware torch python command date threads dtype device parameters rounds seed machine".split():
         assert report[name] is not None, name
     assert report["machine"]["bytes_per_second"] > 0 and report["machine"]["operations_per_second"] > 0
-    assert len(report["rows"]) == 8
+    assert len(report["rows"]) == 10
     for found in report["rows"]:
         assert found["new_tokens"] == 64 * found["batch_size"]
         for name in "tokens_per_second tokens_per_second_with_prefill prefill_ms speed_up".split():
@@ -164,6 +173,53 @@ def test_a_checkpoint_is_measured_on_problems_and_stops_by_itself(tmp_path):
         not found["model"].startswith("/") and found["prompt_kind"] == "problems" and len(found["rows"]) == 5
     )
     assert all(2 < r["new_tokens"] < 2 * 128 for r in found["rows"])
+
+
+# --- Choices ---
+
+
+def ragged(device: str, dtype: torch.dtype, width: int, seen: int):
+    """q, k, v of three rows whose queries see 1, some and all slots, k and v as the cache gives them, and a bias."""
+    lengths = torch.tensor([1, seen - 37, seen], device=device, dtype=torch.int32)
+    q = torch.randn(3, 6, width, 32, device=device, dtype=dtype)
+    k, v = (torch.randn(3, seen, 2, 32, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
+    seen_by = torch.arange(seen, device=device) < lengths[:, None]
+    return (
+        lengths,
+        (q, k, v),
+        torch.zeros_like(seen_by, dtype=dtype).masked_fill(~seen_by, -torch.inf)[:, None, None],
+    )
+
+
+def documented(q, k, v, first_query, first_key, *sizes, seqused_k, block_table):
+    """The kernel, as torch documents it: heads in the middle, rows one after the other, pages by their number."""
+    answers = []
+    for i, used in enumerate(seqused_k.tolist()):
+        rows = slice(first_query[i], first_query[i + 1])
+        if block_table is None:
+            keys, values = (x[first_key[i] :][:used] for x in (k, v))
+        else:
+            keys, values = (x[block_table[i]].flatten(0, 1)[:used] for x in (k, v))
+        found = grouped_attention(*(x.transpose(0, 1)[None] for x in (q[rows], keys, values)))
+        answers.append(found[0].transpose(0, 1))
+    return (torch.cat(answers),)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("width", [1, 8])
+def test_flash_attention_is_called_as_torch_documents_it(monkeypatch, width, paged):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", documented)
+    lengths, qkv, bias = ragged("cpu", torch.float32, width, 512)
+    torch.testing.assert_close(choices.flash(lengths, width, 512, paged)(*qkv), grouped_attention(*qkv, bias))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("width", [1, 8, 32])
+def test_cuda_flash_attention_is_masked_attention(width, paged):
+    lengths, qkv, bias = ragged("cuda", torch.bfloat16, width, 512)
+    found, expected = choices.flash(lengths, width, 512, paged)(*qkv), grouped_attention(*qkv, bias)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
 # --- Mistakes ---
@@ -214,6 +270,7 @@ def test_peers_measures_the_same_weights_without_the_mask_token():
     model = speed.random_model(speed.SHAPES["tiny"], "cpu", torch.float32)
     plain = peers.as_autoregressive(model)
     assert plain.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert model.config.mask_token_id is not None  # the model itself keeps it
     assert (plain.config.block_size, plain.config.mask_token_id, plain.config.tokenizer_size) == (
         1,
         None,
@@ -225,3 +282,21 @@ def test_the_first_difference_of_two_answers_is_the_earliest():
     found = peers.agreement([[1, 2, 3, 4], [1, 9, 3, 4]], [[1, 2, 3, 5], [1, 2, 3, 4]])
     assert found == {"equal_tokens": 6 / 8, "first_difference": {"row": 1, "position": 1}}
     assert peers.agreement([[1]], [[1]]) == {"equal_tokens": 1.0, "first_difference": None}
+
+
+def test_peers_has_the_rounds_so_far_after_each_of_them():
+    writers = {"transformers": lambda prompts, count: [[0] * count for _ in prompts]} | {
+        "ar": lambda prompts, count: [[0] * (count - 1) + [1] for _ in prompts]
+    }
+    found = list(peers.measure(writers, [[1, 2], [3]], 4, 2, torch.device("cpu")))
+    assert [[row["rounds"] for row in rows] for rows in found] == [[1, 1], [2, 2]]
+    ar = found[1][1]
+    assert ar["prompt_tokens"] == [2, 1] and ar["equal_tokens"] == 3 / 4
+    assert ar["times_transformers"]["lowest"] <= ar["times_transformers"]["highest"]
+
+
+def test_ragged_prompts_go_from_a_quarter_to_the_whole_length():
+    model = speed.random_model(speed.SHAPES["tiny"], "cpu", torch.float32)
+    lengths = [len(prompt) for prompt in peers.make_prompts(model, None, 4, 64, True)]
+    assert lengths == [64, 48, 32, 16]
+    assert [len(prompt) for prompt in peers.make_prompts(model, None, 2, 64, False)] == [64, 64]
