@@ -10,14 +10,16 @@
 # Estimates of seconds, for one H100 of 3.35 TB/s; a 7B pass reads 15 GB, 5 to 7.5 ms:
 #    20  profile    7B weights 10, two recordings 5, start 5
 #    30  tests      those of CUDA, without the slow ones
-#    90  choices    7B, 8 ways x 3 windows x 0.5 s = 12, compiling 2 x 30, weights 10
-#    75  bench      7B, batch 1 and 16; AR 127 passes of 7 ms = 0.9, the others 0.4 to 0.9: about 4 a round and batch
-#                   size, 2 rounds, a warm-up and a run for the memory make 32; weights and recordings 35
+#    90  choices    7B, 10 ways x 3 windows x 0.5 s = 15, compiling 2 x 30, weights 10
+#    75  bench      7B, batch 1 and 16; AR 127 passes of 7 ms = 0.9, the others 0.4 to 0.9: about 4 a round and
+#                   batch size, 2 rounds, a warm-up and a run for the memory make 32; weights, recordings 35
 #    60  training   1.5B shape, four layouts, a process each: start 8, steps 7
+#    40  resume     tiny model under torchrun, FSDP: three starts of 10, 24 steps of 0.3
 #    60  flex       tests that compile FlexAttention
-#   120  peers      1.5B, batch 1: Transformers takes 25 ms a token, 128 tokens 3.2, 3 rounds with first tokens 12;
-#                   ours 10; weights and start 20
-# Together 455 of 480.
+#   100  peers      1.5B, batch 1: Transformers takes 25 ms a token, 128 tokens 3.2, 3 rounds with first tokens
+#                   12; ours 10; weights and start 20
+# Together 475 of 480: peers, the last, may be cut off, and has then written the rounds that it did.
+# benchmarks/real.sh, which takes longer, is the paper's recipe on a real model.
 set -uo pipefail
 began=$SECONDS budget=480
 mkdir -p "${1:-$(dirname "$0")/results/gpu}"
@@ -30,11 +32,12 @@ report=() failed=0
 
 shape=7b middle=1.5b device=cuda rounds=2 seconds=0.5 choices=(--batch-sizes 1)
 sizes=(--batch-sizes 1,16 --prompt-tokens 1024 --new-tokens 128) peers=(--batch-sizes 1 --prompt-tokens 512)
-layouts=(--shape 1.5b --device cuda --rows 1 --seq-len 2048)
+layouts=(--shape 1.5b --device cuda --rows 1 --seq-len 2048) resumed=(--steps 12)
 if [ -n "${quick:-}" ]; then
   shape=tiny middle=tiny device=cpu rounds=1 seconds=0.02
   sizes=(--batch-sizes 1,2 --prompt-tokens 64 --new-tokens 16)
   peers=(--batch-sizes 1 --prompt-tokens 64 --new-tokens 16) layouts=(--rows 2 --steps 1 --device cpu)
+  resumed=(--steps 3 --seq-len 96)
 fi
 
 part() { # name, most seconds, command: run it, and remember how it went
@@ -66,6 +69,8 @@ part choices 120 "$python" benchmarks/choices.py cuda --shape "$shape" --device 
 part bench 110 "$python" cli.py bench --shape "$shape" --device "$device" --dtype bfloat16 "${sizes[@]}" \
   --rounds "$rounds" --decoders ar,block,dual,verify --tokens-per-pass 3 --json "$folder/bench.json"
 part training 90 "$python" benchmarks/training.py layouts "${layouts[@]}" --json "$folder/training.json"
+part resume 60 "$python" benchmarks/training.py resume --device "$device" "${resumed[@]}" \
+  --json "$folder/resume.json"
 part flex 80 "$python" -m pytest -q tests/test_training.py -k "flex or sparse" -p no:cacheprovider
 if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is None)'; then
   part peers 140 "$python" benchmarks/peers.py --shape "$middle" --device "$device" --dtype bfloat16 \

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -164,6 +165,18 @@ def layouts(threads, target, one, **how):
 # --- Stopped and started again ---
 
 
+def torchrun(line: list[str], enough: Callable = lambda: False) -> None:
+    """Run until it ends, or until there is `enough`: then torchrun is asked to end its processes."""
+    with subprocess.Popen(line) as process:
+        try:
+            while process.poll() is None and not enough():
+                time.sleep(0.02)
+        finally:
+            process.terminate()
+    if process.returncode and not enough():
+        sys.exit(f"torchrun failed: {process.returncode}")
+
+
 @main.command()
 @click.option("--model", default=str(cli.SHIPPED), help="Checkpoint.")
 @click.option("--data", default=str(ROOT / "tiny" / "sample.jsonl"), help="JSONL.")
@@ -173,7 +186,7 @@ def layouts(threads, target, one, **how):
 @click.option("--seq-len", default=192, show_default=True)
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write the results here.")
 def resume(model, data, device, processes, steps, seq_len, target):
-    """A run under torchrun that is stopped and started again, beside one that is not."""
+    """A run under torchrun that is stopped after a checkpoint and started again, beside one that is not."""
     with tempfile.TemporaryDirectory() as work:
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         line += [ROOT / "train.py", "adapt", "--model", model, "--data", data, "--device", device]
@@ -181,13 +194,10 @@ def resume(model, data, device, processes, steps, seq_len, target):
         line += ["--steps", steps, "--save-every", steps // 3, "--lr", 1e-4, "--warmup", 2, "--out"]
         whole, stopped = Path(work) / "whole", Path(work) / "stopped"
         whole_line, stopped_line = ([*map(str, line), str(out)] for out in (whole, stopped))
-        subprocess.run(whole_line, check=True)
-        with subprocess.Popen(stopped_line, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and not list(stopped.glob("checkpoints/step-*")):
-                time.sleep(0.02)
-            process.terminate()  # torchrun ends its processes, which do nothing more
+        torchrun(whole_line)
+        torchrun(stopped_line, lambda: list(stopped.glob("checkpoints/step-*")))
         steps_before = len((stopped / "metrics.jsonl").read_text().splitlines())
-        subprocess.run(stopped_line, check=True)
+        torchrun(stopped_line)
         logs = [
             [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             for out in (whole, stopped)
