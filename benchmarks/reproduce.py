@@ -1,5 +1,4 @@
-"""The paper's figures, remade with the shipped checkpoint on a laptop: six figures as SVG, their data as
-JSON.
+"""The paper's figures, remade with the shipped checkpoint on a laptop: six SVG files and their data.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/reproduce.py
@@ -59,9 +58,7 @@ class Bench:
         return cli.scores([cli.verdict(p, r, self.tokenizer) for p, r in zip(self.problems, results)])
 
     def speeds(self, ways: dict, count: int) -> dict[object, dict]:
-        """Tokens per second of several ways to decode the first prompts: rounds interleaved, median and
-        range.
-        """
+        """Tokens/s of several ways to decode the first prompts: interleaved rounds, median and range."""
         found = {name: [] for name in ways}
         for decoding in ways.values():
             generate(self.model, self.prompts[: decoding.batch_size], decoding)
@@ -158,26 +155,36 @@ def lengths(bench: Bench, count: int) -> dict:
 # --- Figures ---
 
 
+def line(axis, x, heights, low, high, colour, label=None, shift=0.0, marker="o-"):
+    """A line with a bar from low to high at each point; `shift` keeps several lines' bars apart."""
+    bars = [[h - a for h, a in zip(heights, low)], [b - h for h, b in zip(heights, high)]]
+    axis.errorbar([i + shift for i in x], heights, bars, fmt=marker, color=colour, capsize=3, label=label)
+
+
 def accuracy_line(axis, x, rows, colour, label=None, shift=0.0):
-    heights = [100 * row["accuracy"] for row in rows]
-    errors = [100 * row["standard_error"] for row in rows]
-    axis.errorbar([i + shift for i in x], heights, errors, fmt="o-", color=colour, capsize=3, label=label)
-    axis.set_ylabel("accuracy (%)")
-    axis.set_ylim(min(85, axis.get_ylim()[0], min(heights) - 2), 102)
+    heights, errors = ([100 * row[key] for row in rows] for key in ("accuracy", "standard_error"))
+    low, high = ([h + sign * e for h, e in zip(heights, errors)] for sign in (-1, 1))
+    line(axis, x, heights, low, high, colour, label, shift)
+    axis.set_ylabel("accuracy (%), standard error")
+
+
+def speed_line(axis, x, rows, colour, label=None, shift=0.0, over=None):
+    """Tokens per second, median and range of the rounds; `over`: divided by these speeds."""
+    keys, over = ("tokens_per_second", "lowest", "highest"), over or [1] * len(rows)
+    line(axis, x, *([row[key] / base for row, base in zip(rows, over)] for key in keys), colour, label, shift)
 
 
 def draw_thresholds(data, axes):
     accuracy, speed = axes
-    for sub, colour in ((8, BLUE), (32, ORANGE)):
+    for sub, colour, shift in ((8, BLUE, -0.06), (32, ORANGE, 0.06)):
         rows = [row for row in data["rows"] if row["sub_block_size"] == sub]
         x = range(len(rows))
-        accuracy_line(accuracy, x, rows, colour, f"sub-block {sub}")
-        speed.plot(x, [row["tokens_per_second"] for row in rows], "o-", color=colour)
+        accuracy_line(accuracy, x, rows, colour, f"sub-block {sub}", shift)
+        speed_line(speed, x, rows, colour, shift=shift)
     accuracy.axhline(100 * data["AR"]["accuracy"], color=GREY, linestyle=":", label="AR, same weights")
     speed.axhline(data["AR"]["tokens_per_second"], color=GREY, linestyle=":")
-    speed.set_ylabel("tokens/s, batch 1")
+    speed.set_ylabel("tokens/s, batch 1, range of rounds")
     speed.set_ylim(bottom=0)
-    accuracy.legend(loc="lower right")
     for axis in axes:
         axis.set_xticks(x, [f"{row['threshold']:g}" for row in rows])
         axis.set_xlabel("threshold")
@@ -193,7 +200,6 @@ def draw_sizes(name):
             rate.plot(x, [row["tokens_per_forward"] for row in rows], "o-", color=colour)
         rate.set_ylabel("tokens per forward")
         rate.set_ylim(bottom=0)
-        accuracy.legend(loc="lower right")
         for axis in axes:
             axis.set_xticks(x, [str(row[name]) for row in rows])
             axis.set_xlabel(name.replace("sub_block", "sub-block").replace("_", " "))
@@ -204,18 +210,17 @@ def draw_sizes(name):
 def draw_batches(names, relative):
     def draw(data, axis):
         sizes = sorted({row["batch_size"] for row in data["rows"]})
-        speed = {(row["batch_size"], row["decoder"]): row["tokens_per_second"] for row in data["rows"]}
-        for name, colour in zip(names, (BLUE, GREEN, ORANGE)):
-            colour = GREY if name == "AR" else colour
-            values = [speed[size, name] / (speed[size, "AR"] if relative else 1) for size in sizes]
-            axis.plot(range(len(sizes)), values, "o-", color=colour, label=name)
+        speed = {(row["batch_size"], row["decoder"]): row for row in data["rows"]}
+        over = [speed[size, "AR"]["tokens_per_second"] for size in sizes] if relative else None
+        for i, (name, colour) in enumerate(zip(names, (BLUE, GREEN, ORANGE))):
+            rows, colour = [speed[size, name] for size in sizes], GREY if name == "AR" else colour
+            speed_line(axis, range(len(sizes)), rows, colour, name, (i - 1) / 15, over)
         if relative:
             axis.axhline(1, color=GREY, linestyle=":", label="AR, same weights, same batch")
         axis.set_xticks(range(len(sizes)), map(str, sizes))
         axis.set_xlabel("batch size")
-        axis.set_ylabel("speed-up over AR" if relative else "tokens/s")
+        axis.set_ylabel("speed-up over AR, range of rounds" if relative else "tokens/s, range of rounds")
         axis.set_ylim(bottom=0)
-        axis.legend(loc="best")
 
     return draw
 
@@ -228,7 +233,6 @@ def draw_lengths(data, axis):
     axis.set_xticks(x, [f"{row['tokens_from']}-{row['tokens_to']}\nn={row['answers']}" for row in rows])
     axis.set_xlabel("tokens of the answer")
     axis.set_ylim(bottom=0)
-    axis.legend(loc="best")
 
 
 FIGURES = {  # file name: (measurement, drawing, title)
@@ -280,10 +284,12 @@ def main(model, problems, timed, rounds, threads, only, draw_only):
         with plt.rc_context(STYLE):
             panels = 2 if name in ("threshold", "sub_block_size", "block_size") else 1
             figure, axes = plt.subplots(
-                1, panels, figsize=(6.8 if panels == 2 else 5.2, 3.2), layout="constrained"
+                1, panels, figsize=(7.2 if panels == 2 else 5.4, 3.6), layout="constrained"
             )
             draw(data, axes)
             figure.suptitle(title, fontsize=11)
+            handles = (axes[0] if panels == 2 else axes).get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower center", ncols=2 if panels == 1 else 3)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
 
