@@ -34,6 +34,7 @@ from fastdllm import (
     Decoding,
     InputError,
     Memory,
+    Pass,
     Qwen2,
     Result,
     Tokenizer,
@@ -60,6 +61,7 @@ SAMPLE = (
     "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She "
     "shares them equally among 6 friends. How many cards does each friend get?"
 )
+MOST = 10**5  # problems: of more, a slip of the finger is likelier
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
@@ -72,6 +74,12 @@ class OneSentence(click.ClickException):
     exit_code = 2
 
 
+def with_flags(sentence: str) -> str:
+    """A sentence with flags for the names of Decoding's fields; a name that is a plain word comes first."""
+    names = "|".join(rf"(?<![\w/.-]){name}\b" if "_" in name else rf"^{name}\b" for name in KNOBS)
+    return re.sub(names, lambda found: "--" + found[0].replace("_", "-"), sentence)
+
+
 def reports_mistakes(command: Callable) -> Callable:
     """Turn a mistake into one sentence: bad input, files that cannot be opened, full memory, Ctrl-C."""
 
@@ -80,16 +88,7 @@ def reports_mistakes(command: Callable) -> Callable:
         try:
             return command(*args, **kwargs)
         except InputError as error:
-            sentence = str(error)
-            for name in sorted(
-                (f.name for f in fields(Decoding)), key=len, reverse=True
-            ):  # as flags are written
-                sentence = re.sub(
-                    rf"(?<![\w-]){name}(?= (?:is|or shorten|\d|does|reads|has))",
-                    "--" + name.replace("_", "-"),
-                    sentence,
-                )
-            raise OneSentence(sentence) from None
+            raise OneSentence(with_flags(str(error))) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # nobody reads on: click ends quietly
                 raise
@@ -105,6 +104,14 @@ def reports_mistakes(command: Callable) -> Callable:
             sys.exit(INTERRUPTED)
 
     return wrapped
+
+
+def require_writable(flag: str, path: str | Path) -> None:
+    """Refuse, before anything runs, a file without a folder, a device or a pipe."""
+    folder = Path(path).absolute().parent
+    require(folder.is_dir(), f"{flag} {path}: the folder {folder} does not exist.")
+    regular = Path(path).is_file() or not Path(path).exists()
+    require(regular, f"{flag} {path}: is no regular file; name a file.")
 
 
 @contextmanager
@@ -282,6 +289,7 @@ def encode_prompts(
 
 def read_jsonl(path: str) -> dict[str, dict]:
     """The objects of a JSONL file ("-": stdin), by their place. Raises InputError for a broken line."""
+    require(path != "-" or sys.stdin, "Standard input is closed; give a file's name.")
     with click.open_file(path, "rb") as file:
         records = parse_jsonl(file.read(), path)
     require(records, f"{path}: holds no records.")
@@ -447,16 +455,14 @@ def generate(
     require(
         not many, "--json, --watch and --trace show one answer; answers to --input are JSON lines anyway."
     )
+    require(not (as_json and live), "--watch draws the answer and --json prints an object; give one of them.")
     if source is not None and "-" not in (source, target) and Path(target).exists() and Path(source).exists():
         same = os.path.samefile(source, target)
         require(
             not same, f"--output {target} is the file of --input; name another one, or the prompts are lost."
         )
     if trace:
-        folder = Path(trace).absolute().parent
-        require(folder.is_dir(), f"--trace {trace}: the folder {folder} does not exist.")
-        regular = not Path(trace).exists() or Path(trace).is_file()
-        require(regular, f"--trace {trace}: is no regular file; name a file.")
+        require_writable("--trace", trace)
     decoding = Decoding(**knobs, runner_up=trace is not None)
     if source is not None:
         records = read_jsonl(source)
@@ -498,9 +504,11 @@ def answer_one(
     delay: seconds per pass of a live drawing; None: no drawing. trace: a file for the replay, or None.
     """
     show = (lambda text: None) if as_json else lambda text: click.echo(text, nl=False)
-    passes, began = [], time.perf_counter()
+    passes = []
+    if trace:  # the first pass after loading is slow, and the race would charge it to the first lane
+        next(decode(model, [prompt], decoding, None, recorded))
     result = stream_answer(model, tokenizer, prompt, decoding, recorded, show, delay=delay, keep=passes)
-    found = report(result, prompt, tokenizer) | rates([result], time.perf_counter() - began)
+    found = report(result, prompt, tokenizer) | rates([result], passes[-1][1])
     if as_json:
         click.echo(json.dumps(found | asdict(decoding), ensure_ascii=False))
     else:
@@ -531,18 +539,25 @@ def stream_answer(
 ) -> Result:
     """Decode one prompt, handing text to `show` as it becomes final; Ctrl-C ends it after the pass in work.
 
-    keep: takes each pass with the seconds since the start. delay: see `answer_one`.
+    keep: takes each pass with the seconds of decoding up to its end; showing it takes none of them.
+    delay: see `answer_one`.
     """
-    result, began = Result(), time.perf_counter()
+    result, keep = Result(), [] if keep is None else keep
+
+    def timed() -> Iterator[Pass]:
+        seconds, began = 0.0, time.perf_counter()
+        for pass_ in decode(model, [prompt], decoding, memory, recorded):
+            seconds += time.perf_counter() - began
+            keep.append((pass_, seconds))
+            yield pass_
+            began = time.perf_counter()
 
     def chunks() -> Iterator[list[int]]:
-        passes = decode(model, [prompt], decoding, memory, recorded)
+        passes = timed()
         if delay is not None:
             passes = watch(tokenizer, passes, len(prompt), model.config.mask_token_id, show, delay)
         for pass_ in passes:
             result.add(pass_)
-            if keep is not None:
-                keep.append((pass_, time.perf_counter() - began))
             yield pass_.final
             if interrupted:
                 return
@@ -653,7 +668,7 @@ def locked(path: Path) -> Iterator:
 @model_options
 @decoding_options
 @option(
-    "--count", type=click.IntRange(1, 10**9), help="Only the first problems  [default: all, or 1000 shipped]"
+    "--count", type=click.IntRange(1, MOST), help="Only the first problems  [default: all, or 1000 shipped]"
 )
 @option("--instruction", default="", help="Text after each question.")
 @option("--paper-prompt", is_flag=True, help=f"The paper's instruction for GSM8K: {PAPER_PROMPT}")
@@ -684,6 +699,8 @@ def evaluate(
     run that was broken off goes on where it stopped.
     """
     decoding = Decoding(**knobs)
+    if target:
+        require_writable("--output", target)
     require(
         not (paper_prompt and instruction), "--paper-prompt and --instruction exclude one another; give one."
     )
@@ -737,7 +754,7 @@ def evaluate(
 @option("--block-sizes", help="[default: the checkpoint's]", callback=numbers(int, 1, 10**6))
 @option("--sub-block-sizes", default="8,32", show_default=True, callback=numbers(int, 1, 10**6))
 @option("--caches", default="block", show_default=True, callback=lambda c, p, text: text.split(","))
-@option("--count", type=click.IntRange(1, 10**9), default=200, show_default=True, help="Problems.")
+@option("--count", type=click.IntRange(1, MOST), default=200, show_default=True, help="Problems.")
 @option("--instruction", default="", help="Text after each question.")
 @option(
     "--max-drop",

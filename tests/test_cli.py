@@ -15,7 +15,7 @@ from conftest import ROOT
 import cli
 from benchmarks.judging import final_answer
 from fast import prepack
-from fastdllm import Decoding, generate, load
+from fastdllm import Decoding, InputError, generate, load
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -145,6 +145,7 @@ def test_mistakes_get_one_sentence(tmp_path, folders):
     assert "No valid Unicode" in mistake(stdin=b"caf\xe9")
     assert "No such file" in mistake("--input", tmp_path / "missing.jsonl")
     assert "temperature" in mistake("hi", "--temperature", -1)
+    assert "leave --fuse-commit out" in mistake("hi", "--verify", "--fuse-commit")
 
 
 @pytest.mark.parametrize("line, message", [
@@ -172,8 +173,20 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 def test_options_that_would_be_ignored_are_refused(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "system", "content": "a"}]}\n')
     assert "show one answer" in mistake("--input", tmp_path / "in.jsonl", "--json")
+    assert "give one of them" in mistake("hi", "--json", "--watch")
     assert "system message already" in mistake("--input", tmp_path / "in.jsonl", "--system", "b")
     assert "not for messages" in mistake("--input", tmp_path / "in.jsonl", "--raw")
+
+
+def test_prompts_from_a_closed_standard_input_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="Standard input is closed"):
+        cli.read_jsonl("-")
+
+
+def test_names_of_fields_become_flags_but_not_in_paths_or_plain_words():
+    said = cli.with_flags("cache is 'x'; a/batch_size, the cache and sub_block_size 5")
+    assert said == "--cache is 'x'; a/batch_size, the cache and --sub-block-size 5"
 
 
 def test_latin_1_bytes_in_a_file_and_a_closed_standard_input(tmp_path):

@@ -95,6 +95,24 @@ def test_eval_does_not_take_up_the_answers_of_other_weights(tmp_path):
     assert again.exit_code == 2 and "holds answers with weights" in again.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_eval_writes_regular_files_only_and_says_so_first(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(cli, "open_model", lambda *given: pytest.fail("something ran"))
+    for target, message in (
+        (tmp_path / "fifo", "no regular file"),
+        (tmp_path / "no" / "x", "does not exist"),
+    ):
+        result = run("eval", "--count", 1, "--output", target)
+        assert result.exit_code == 2 and message in result.stderr
+
+
+def test_eval_refuses_more_problems_than_memory_holds(monkeypatch):
+    monkeypatch.setattr(cli, "read_problems", lambda *given: pytest.fail("it makes them all"))
+    result = run("eval", "--count", 10**9)
+    assert result.exit_code == 2 and "--count" in result.stderr
+
+
 def test_eval_refuses_problems_without_an_answer(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"question": "?", "answer": "3"}\n{"question": "?"}\n')
     result = run("eval", tmp_path / "p.jsonl")
@@ -330,6 +348,17 @@ def test_watch_waits_after_each_pass_but_the_last(shipped, monkeypatch):
     )
     count = len(list(passes))
     assert waits == [0.25] * (count - 1)
+
+
+def test_the_times_of_passes_are_of_decoding_and_not_of_showing(shipped, monkeypatch):
+    model, tokenizer = shipped
+    clock = [0.0]  # only waiting takes time
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    prompt, kept = tokenizer.chat([{"role": "user", "content": QUESTION}]), []
+    decoding = Decoding().resolve(model.config)
+    cli.stream_answer(model, tokenizer, prompt, decoding, None, lambda text: None, delay=0.25, keep=kept)
+    assert clock[0] == 0.25 * (len(kept) - 1) > 0 and [seconds for _, seconds in kept] == [0.0] * len(kept)
 
 
 def test_watch_is_plain_text_where_standard_output_is_no_terminal():
