@@ -527,6 +527,9 @@ class Decoding:
             size = sub = 1
         if sub == Decoding.sub_block_size:
             sub = min(sub, size)  # only the default shrinks: a size that somebody chose must fit
+        most, width = config.max_position_embeddings, self.draft_width or 1
+        require(size <= most, f"block_size is {size}, the model has {most} positions; take a smaller one.")
+        require(width <= most, f"draft_width is {width}, the model has {most} positions; take a smaller one.")
         fits = size % sub == 0
         require(fits, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
         adapted = "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works."

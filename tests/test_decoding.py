@@ -211,6 +211,12 @@ def test_the_default_sub_block_shrinks_to_small_blocks_and_a_chosen_one_must_div
             generate(golden_models["untied"], [[1, 2, 3]], Decoding(size, sub))
 
 
+@pytest.mark.parametrize("knobs", [{"block_size": 10**6}, {"verify": True, "draft_width": 10**6}])
+def test_blocks_and_drafts_beyond_the_models_positions_are_refused(golden_models, knobs):
+    with pytest.raises(InputError, match="is 1000000, the model has 1024 positions"):
+        decode(golden_models["untied"], [[1, 2]], Decoding(**knobs))
+
+
 def test_mask_and_padding_ids_are_never_guessed(folders):
     model, _ = fastdllm.load(folders["untied"], "cpu")
     model.lm_head.weight.data[:] = 0  # all ids are equally likely: the first allowed one is the argmax
