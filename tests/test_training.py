@@ -728,7 +728,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     assert run(steps=2).returncode == 0
     before = (out / "model.safetensors").read_bytes()
     other = run(steps=4, seed=1)
-    assert other.returncode == 2 and "holds a run with --seed 0, not 1" in other.stderr
+    assert other.returncode == 2 and "holds a run with seed 0, not 1" in other.stderr
     assert (out / "model.safetensors").read_bytes() == before
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "tok')  # torn by a full disk
