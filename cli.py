@@ -52,6 +52,10 @@ from fastdllm import generate as generate_all
 from viewer.terminal import watch
 from viewer.trace import trace_page
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 with suppress(ImportError):  # a history and editing keys for `input`, where the system has them
     import readline  # noqa: F401
 
@@ -648,18 +652,16 @@ def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator:
-    """The file, open for appending, by this process alone. Raises InputError where another one has it."""
-    with open(path, "a", encoding="utf-8") as file:
-        with suppress(ImportError):  # not on Windows
-            import fcntl
+def locked(path: Path, problem: str) -> Iterator:
+    """The file, open for appending, by this process alone; a killed process leaves no lock.
 
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"{path}: another run is writing it; wait for it, or name another file."
-                ) from None
+    Raises InputError with `problem` where another process has it.
+    """
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(problem) from None
         yield file
 
 
@@ -720,8 +722,9 @@ def evaluate(
     header["options"] = json.loads(json.dumps(used))
     note_of_options(network, decoding)
 
+    busy = f"{target}: another run is writing it; wait for it, or name another file."
     began = time.perf_counter()
-    with locked(target) if target else nullcontext() as file:
+    with locked(target, busy) if target else nullcontext() as file:
         lines = done_before(target, problems, header) if target else []
         write = lambda line: file and (file.write(json.dumps(line, ensure_ascii=False) + "\n"), file.flush())
         if not lines:

@@ -52,12 +52,10 @@ class PrepackedLinear(Linear):
         # the class attribute would hide a registered module, and the adapter is no part of the state dict
         object.__setattr__(self, "adapter", linear.adapter)
 
-    def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         if self.plain is not None and x.numel() < self.FEW_ROWS * x.shape[-1]:
-            y = F.linear(x, self.plain, self.bias)
-        else:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y if masked is None or self.adapter is None else y + masked * self.adapter(x)
+            return F.linear(x, self.plain, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def prepack(model: Qwen2) -> Qwen2:

@@ -162,8 +162,11 @@ class Linear(nn.Linear):
 
     adapter = None  # see "Adapter" below
 
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
     def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self.product(x)
         return y if masked is None or self.adapter is None else y + masked * self.adapter(x)
 
 
@@ -1441,6 +1444,9 @@ def load_adapter(model: Qwen2, path: str | os.PathLike) -> Qwen2:
     require(kind, f"{folder}: is no adapter that is on at masks only; merge an ordinary one into its base.")
     whole = type(r) is int and type(alpha) in (int, float) and isinstance(ids, list) and len(ids) == 1
     require(whole, f"{folder}: needs r, lora_alpha and one id in trainable_token_indices.")
+    width = raw.get("draft_width")
+    ok = width is None or type(width) is int and 1 <= width <= c.max_position_embeddings
+    require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number of at least 1.")
     fits = type(ids[0]) is int and 0 <= ids[0] < c.vocab_size and c.mask_token_id in (None, ids[0])
     require(fits, f"{folder}: its mask is id {ids[0]}, the base's {c.mask_token_id} of {c.vocab_size}.")
     sizes = {name: tuple(shape) for name, shape in tensor_shapes(folder / ADAPTER_FILES[1]).items()}
@@ -1454,7 +1460,7 @@ def load_adapter(model: Qwen2, path: str | os.PathLike) -> Qwen2:
     with safe_open(folder / ADAPTER_FILES[1], "pt") as weights:
         for name, tensor in adapter_tensors(model).items():
             tensor.copy_(weights.get_tensor(name))
-    model.config = replace(c, mask_token_id=ids[0], draft_width=raw.get("draft_width"))
+    model.config = replace(c, mask_token_id=ids[0], draft_width=width)
     if raw.get("base_digest") != base_digest(model):
         base = brief(raw.get("base_model_name_or_path"))
         warnings.warn(

@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cli import options, reports_mistakes
+from cli import locked, options, reports_mistakes
 from fast import blockwise_attention, plain_attention, sparse_attention, sparse_mask, to_int8
 from fastdllm import (
     DTYPES,
@@ -73,11 +73,6 @@ from fastdllm import (
     save,
     save_adapter,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # --- Noise ---
 
@@ -819,19 +814,11 @@ def same_run(out: Path, run: dict) -> None:
     replace_file(file, partial(Path.write_text, data=json.dumps(run, indent=2) + "\n"))
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep other runs out of the folder. Raises InputError where one uses it; a killed run leaves no lock."""
+def alone(out: Path):
+    """A context that keeps other runs out of the folder. Raises InputError where one uses it."""
     out.mkdir(parents=True, exist_ok=True)
-    if rank() > 0 or fcntl is None:
-        yield
-        return
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another run is using it; wait for it, or take another --out.") from None
-        yield
+    busy = f"{out}: another run is using it; wait for it, or take another --out."
+    return locked(out / ".lock", busy) if rank() == 0 else nullcontext()
 
 
 def save_checkpoint(
@@ -1578,7 +1565,7 @@ def train(objective, folder, data, out, heldout, broken, device, threads, from_s
     how = Training(**how)
     if threads:
         torch.set_num_threads(threads)
-    with processes(device) as device, locked(out):
+    with processes(device) as device, alone(out):
         model, tokenizer = initial_model(folder, from_scratch, device, how.seed)
         if objective == "adapt":
             tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
@@ -1638,7 +1625,7 @@ def draft_command(folder, data, heldout, out, broken, base, dtype, device, threa
     how = Drafting(**how)
     if threads:
         torch.set_num_threads(threads)
-    with processes(device) as device, locked(out):
+    with processes(device) as device, alone(out):
         model, tokenizer = load(folder, device, dtype or ("float32" if device == "cpu" else "auto"))
         require(tokenizer, f"{folder}: no tokenizer, so the data cannot be read.")
         tokenizer = with_mask_token(tokenizer, model.config.vocab_size)

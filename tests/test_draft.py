@@ -121,6 +121,8 @@ def test_other_weights_are_a_warning(adapted, folders, tmp_path):
         ({"masks_only": False}, "no adapter that is on at masks only"),
         ({"trainable_token_indices": [7]}, "its mask is id 7"),
         ({"trainable_token_indices": None}, "one id"),
+        ({"draft_width": 0}, "draft_width is 0"),
+        ({"draft_width": "8"}, "draft_width is 8"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_sentence_and_changes_nothing(
@@ -346,10 +348,17 @@ def test_bad_input_is_one_sentence(tmp_path, options, sentence):
 
 def test_prepacked_weights_keep_the_adapter(adapted):
     masks = torch.full((1, 8), adapted.config.mask_token_id)
-    outputs = []
-    for model in (adapted, prepack(adapted)):
-        cache = KVCache(model.config, 1, 8, model.weight)
-        with torch.inference_mode():
-            outputs += [run_window(model, masks, [0], cache, 1, None, has) for has in (True, False)]
-    torch.testing.assert_close(outputs[2], outputs[0], atol=1e-4, rtol=1e-3)
-    assert (outputs[0] - outputs[1]).abs().max() > 0.1  # the adapter matters
+
+    @torch.inference_mode()
+    def run(has_masks):
+        cache = KVCache(adapted.config, 1, 8, adapted.weight)
+        return run_window(adapted, masks, [0], cache, 1, None, has_masks)
+
+    plain = run(True)
+    prepack(adapted)  # in place
+    if not adapted.prepacked:
+        pytest.skip("oneDNN is not in this build of torch")
+    torch.testing.assert_close(run(True), plain, atol=1e-4, rtol=1e-3)
+    for layer in adapted_layers(adapted).values():
+        layer.adapter.B.data.zero_()
+    assert (run(True) - plain).abs().max() > 0.1  # the low-rank layers matter, not only the masks' row

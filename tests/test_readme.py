@@ -72,7 +72,7 @@ def examples() -> list[str]:
 def test_what_is_shown_is_what_comes_out(block, tmp_path):
     command, *shown = block.strip().split("\n")
     command = command.removeprefix("$ python ").replace("build/", f"{tmp_path}/")
-    arguments = shlex.split(command.replace("--steps 10 ", "--steps 2 "))  # in seconds
+    arguments = shlex.split(command.replace("--steps 50 ", "--steps 2 "))  # in seconds
     run = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
