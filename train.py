@@ -52,10 +52,12 @@ from cli import locked, options, reports_mistakes
 from fast import blockwise_attention, plain_attention, sparse_attention, sparse_mask, to_int8
 from fastdllm import (
     DTYPES,
+    MASK_ROW,
     InputError,
     Qwen2,
     Tokenizer,
     adapted_layers,
+    adapter_tensors,
     add_adapter,
     attention_bias,
     base_digest,
@@ -1369,9 +1371,13 @@ class DraftTrainer(Trainer):
         if how.int8 and self.device.type == "cpu":
             some = np.random.default_rng(how.seed).permutation(len(corpus.lengths))[:4]
             to_int8(model, [Known(model, corpus, 0).tokens(i)[:512] for i in some])
-        # the row of a token that is sure to be trained is as good as any to begin with
+        # an adapter that is loaded goes on; for a new one, the row of a token that is sure to be trained is
+        # as good as any to begin with
+        loaded = adapter_tensors(model) if model.mask_row is not None else {}
         start = model.weight[(model.config.stop_token_ids[-1:] or (0,))[0]]
-        self.objective = Adapter(model, how.rank, how.alpha, how.seed, start)
+        self.objective = Adapter(model, how.rank, how.alpha, how.seed, loaded.pop(MASK_ROW, start[None])[0])
+        for name, tensor in loaded.items():
+            adapter_tensors(model)[name].data.copy_(tensor)
         limit = how.cache_gb * 1e9
         self.known = Known(model, corpus, limit)
         self.known_heldout = heldout and Known(model, heldout, limit / 4)
@@ -1612,10 +1618,11 @@ def adapt(**given):
 @main.command("draft")
 @run_options
 @options(Drafting, *(f.name for f in fields(Drafting)))
+@click.option("--adapter", help="Go on from this adapter, with its rank and alpha  [default: a new one]")
 @click.option("--base", help="The base's name in the adapter's config  [default: --model]")
 @click.option("--dtype", type=DTYPE_NAMES, help="Of the base  [default: float32 on CPUs, else its own]")
 @reports_mistakes
-def draft_command(folder, data, heldout, out, broken, base, dtype, device, threads, **how):
+def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, device, threads, **how):
     """Teach a frozen model to draft for --verify: an adapter, on at masks only.
 
     The best data are the model's own answers, since a draft is kept where it is what the model says:
@@ -1626,13 +1633,17 @@ def draft_command(folder, data, heldout, out, broken, base, dtype, device, threa
     if threads:
         torch.set_num_threads(threads)
     with processes(device) as device, alone(out):
-        model, tokenizer = load(folder, device, dtype or ("float32" if device == "cpu" else "auto"))
+        dtype = dtype or ("float32" if device == "cpu" else "auto")
+        model, tokenizer = load(folder, device, dtype, adapter)
         require(tokenizer, f"{folder}: no tokenizer, so the data cannot be read.")
+        if adapter:
+            part = next(iter(adapted_layers(model).values())).adapter
+            how = replace(how, rank=len(part.A), alpha=part.scale * len(part.A))
         tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
         mask = tokenizer.id("|<MASK>|")
         model.config = replace(model.config, mask_token_id=mask, draft_width=how.width)
         digest = base_digest(model)
-        run = {"objective": "draft", "base_digest": digest} | lasting(how)
+        run = {"objective": "draft", "base_digest": digest, "adapter": adapter} | lasting(how)
         corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
         trainer = DraftTrainer(model, corpus, heldout, how)
         trainer.run(out)

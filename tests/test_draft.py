@@ -160,9 +160,11 @@ def test_a_group_sees_the_known_tokens_up_to_its_anchor_and_itself_as_in_decodin
     for row, document in enumerate((0, 3)):
         for group, anchor in enumerate(anchors[row].tolist()):
             masks = torch.full((WIDTH,), adapted.config.mask_token_id)
-            window = torch.cat([known.tokens(document)[: anchor + 1], masks])[None]
-            cache = KVCache(adapted.config, 1, window.shape[1], adapted.weight)
-            hidden = run_window(adapted, window, [0], cache, 1, has_masks=True)
+            tokens = known.tokens(document)
+            cache = KVCache(adapted.config, 1, anchor + 1 + WIDTH, adapted.weight)
+            run_window(adapted, tokens[None, :anchor], [0], cache, 1)
+            window = torch.cat([tokens[anchor : anchor + 1], masks])[None]
+            hidden = run_window(adapted, window, [anchor], cache, 1, None, True, WIDTH)
             torch.testing.assert_close(got[row, group], hidden[0, -WIDTH:], atol=1e-4, rtol=1e-4)
 
 
@@ -321,6 +323,20 @@ def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path):
     assert first == second
 
 
+def test_an_adapter_goes_on_from_where_it_was(tmp_path):
+    first, more = tmp_path / "first", tmp_path / "more"
+    run = lambda *options: CliRunner().invoke(train.main, [*command(tmp_path, rank=3), *options])
+    assert run("--out", str(first), "--no-int8", "--alpha", "5").exit_code == 0
+    again = ["--adapter", str(first), "--steps", "1", "--lr", "1e-9", "--out", str(more)]
+    for options in ([], ["--no-int8"]):
+        result = run(*again, *options)
+        assert result.exit_code == (2 if options else 0), result.output  # another run is in the folder
+    assert (more / "adapter_model.safetensors").read_bytes() == (
+        first / "adapter_model.safetensors"
+    ).read_bytes()
+    assert json.loads((more / "adapter_config.json").read_text())["lora_alpha"] == 5
+
+
 def test_two_processes_train_like_one(tmp_path):
     arguments = command(tmp_path, steps=3, heldout=tmp_path / "own.jsonl")
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
@@ -352,7 +368,7 @@ def test_prepacked_weights_keep_the_adapter(adapted):
     @torch.inference_mode()
     def run(has_masks):
         cache = KVCache(adapted.config, 1, 8, adapted.weight)
-        return run_window(adapted, masks, [0], cache, 1, None, has_masks)
+        return run_window(adapted, masks, [0], cache, 1, None, has_masks, 8)
 
     plain = run(True)
     prepack(adapted)  # in place
