@@ -22,8 +22,9 @@ from fastdllm import (
     Linear,
     Qwen2,
     best_guesses,
+    block_causal_mask,
     causal_attention,
-    looks_from,
+    draft_layout,
     require,
     round_up,
     window_pass,
@@ -196,13 +197,17 @@ class RecordedPasses:
 
         def run() -> Tensor:
             tokens, starts, rows, outputs = inputs[0].split([B * T, B, B, N])
-            tokens, positions = tokens.view(B, T), starts[:, None] + torch.arange(T, device=device)
-            mask_id = model.config.mask_token_id if has_masks else None
-            queries = looks_from(tokens, positions, T <= decoding.block_size, mask_id)
-            write, read = (rows[:, None], positions), (slice(B) if first_rows else rows, slice(seen))
-            hidden = window_pass(
-                model, cache, tokens, positions, write, read, queries, decoding.block_size, has_masks
-            )
+            tokens, starts, keys = tokens.view(B, T), starts[:, None], torch.arange(seen, device=device)
+            places = positions = starts + torch.arange(T, device=device)
+            if decoding.verify and has_masks:
+                positions, mask = draft_layout(
+                    tokens, starts, keys, model.config.mask_token_id, decoding.draft_width
+                )
+            else:
+                ends = places[:, -1:] if T <= decoding.block_size else places
+                mask = block_causal_mask(ends, keys, decoding.block_size)
+            write, read = (rows[:, None], places), (slice(B) if first_rows else rows, slice(seen))
+            hidden = window_pass(model, cache, tokens, positions, write, read, mask, has_masks)
             return best_guesses(model, hidden.flatten(0, 1)[outputs], inputs[1], decoding)
 
         return Recorded(*inputs, self.capture(run, device) if self.record else run)
@@ -376,7 +381,8 @@ class Int8Linear(Linear):
         Channels of large inputs are shrunk and their weights grow, so that both round well (SmoothQuant).
         """
         nn.Module.__init__(self)
-        self.weight, self.bias, self.adapter = linear.weight, linear.bias, linear.adapter
+        self.weight, self.bias = linear.weight, linear.bias
+        object.__setattr__(self, "adapter", linear.adapter)  # no part of the model's state
         weight = linear.weight.detach().float()
         root = (largest.clamp_min(1e-5) / weight.abs().amax(dim=0).clamp_min(1e-5)).sqrt()
         self.balance = 1 / root

@@ -312,21 +312,17 @@ def window_pass(
     positions: Tensor,
     write: tuple,
     read: tuple,
-    queries: Tensor | None,
-    block_size: int,
+    mask: Tensor | None,
     has_masks: bool,
 ) -> Tensor:
     """One pass over windows: hidden states (B, T, D) of tokens (B, T) at positions (B or 1, T).
 
-    write, read: (rows, slots) of the cache, see `KVCache.update`; the slots of `read` are slice(S). queries:
-    see `looks_from`; None where every query sees all S slots. With `has_masks` a loaded adapter is on at the
-    masks. No shape depends on the values of a tensor, so that a pass can be recorded.
+    write, read: (rows, slots) of the cache, see `KVCache.update`. mask: which of the slots read each query
+    sees, (B or 1, T or 1, S) bool; None: all. With `has_masks` a loaded adapter is on at the masks. No shape
+    depends on the values of a tensor, so that a pass can be recorded.
     """
-    bias = None
-    if queries is not None:
-        keys = torch.arange(read[1].stop, device=tokens.device)
-        groups = model.config.num_attention_heads // model.config.num_key_value_heads
-        bias = attention_bias(block_causal_mask(queries, keys, block_size), groups, model.weight.dtype)
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    bias = None if mask is None else attention_bias(mask, groups, model.weight.dtype)
 
     def attend(layer, q, k, v):
         return grouped_attention(q, *cache.update(layer, k, v, write, read), bias)
@@ -336,16 +332,25 @@ def window_pass(
     return model(tokens, positions, attend, masked)
 
 
-def looks_from(tokens: Tensor, positions: Tensor, one_block: bool, mask_id: int | None) -> Tensor:
-    """The position that each query counts as having in the mask, (B or 1, T), or (B or 1, 1) for all.
+def draft_layout(
+    tokens: Tensor, starts: Tensor, slots: Tensor, mask_id: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Positions (B, T) of windows with drafts, and which slots (S) each query sees, (B, T, S).
 
-    A query looks from its own position. A mask (`mask_id`; None: there is none) looks from the end of its
-    window. Inside a diffusion block that is the same block. In a draft, whose block size is 1, it lets the
-    masks see each other.
+    A window (B, T), in the slots from `starts` (B, 1) on, is the last known token, k >= 0 drafts, and groups
+    of `width` masks. Group j goes on from draft j, group 0 from the known token: its masks stand at the next
+    positions, and see all up to that token, and each other. Tokens are causal. They do not see the masks.
     """
-    if one_block:
-        return positions[:, -1:]
-    return positions if mask_id is None else torch.where(tokens == mask_id, positions[:, -1:], positions)
+    B, T = tokens.shape
+    index, is_mask = torch.arange(T, device=tokens.device), tokens == mask_id
+    first = torch.where(is_mask.any(1), is_mask.int().argmax(1), T)[:, None]  # the masks' first place
+    group, place = (index - first) // width, (index - first) % width
+    sees = torch.where(is_mask, group, index)  # the last token that a query sees
+    positions = starts + sees + torch.where(is_mask, place + 1, 0)
+    at = (slots - starts)[:, None]  # each slot's place in the window, (B, 1, S)
+    begin = (first + group * width)[..., None]  # of a mask's own group
+    own = is_mask[..., None] & (at >= begin) & (at < begin + width) & (at < T)
+    return positions, (at <= sees[..., None]) | own
 
 
 def run_window(
@@ -356,11 +361,13 @@ def run_window(
     block_size: int,
     rows: Sequence[int] | None = None,
     has_masks: bool = False,
+    draft_width: int | None = None,
 ) -> Tensor:
-    """`window_pass` over positions [start, start + T) of each row, in pieces where the window is long.
+    """`window_pass` over the slots [start, start + T) of each row, in pieces where the window is long.
 
     tokens (B, T); window i begins at `starts[i]` and belongs to row `rows[i]` of the cache (default: i).
-    Returns (B, T, D). Raises InputError for a window that must be cut and does not begin with a block.
+    draft_width: the masks are groups of drafts, see `draft_layout`; else a slot is its position. Returns
+    (B, T, D). Raises InputError for a window that must be cut and does not begin with a block.
     """
     B, T = tokens.shape
     rows = list(range(B)) if rows is None else list(rows)
@@ -377,19 +384,20 @@ def run_window(
     same_place = len(set(starts)) == 1
     starts = list(starts)[:1] if same_place else list(starts)  # then all rows share positions and mask
     one_block = all(start // block_size == (start + T - 1) // block_size for start in starts)
-    positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
-    queries = None  # a window inside one block sees all that is there and needs no mask
-    if not (one_block and same_place):
-        queries = looks_from(tokens, positions, one_block, model.config.mask_token_id if has_masks else None)
+    first = torch.tensor(starts, device=tokens.device)[:, None]
+    places = positions = first + torch.arange(T, device=tokens.device)  # (B or 1, T)
+    keys, mask = torch.arange(seen, device=tokens.device), None
+    if draft_width:
+        positions, mask = draft_layout(tokens, first, keys, model.config.mask_token_id, draft_width)
+    elif not (one_block and same_place):  # else a window sees all that is there and needs no mask
+        mask = block_causal_mask(places[:, -1:] if one_block else places, keys, block_size)
     if rows == list(range(rows[0], rows[0] + B)):  # slices need no index tensors and read without a copy
         read = slice(rows[0], rows[0] + B)
         write = (read, slice(starts[0], starts[0] + T)) if same_place else None
     else:
         read, write = torch.tensor(rows, device=tokens.device), None
-    write = write or (torch.tensor(rows, device=tokens.device)[:, None], positions)
-    return window_pass(
-        model, cache, tokens, positions, write, (read, slice(seen)), queries, block_size, has_masks
-    )
+    write = write or (torch.tensor(rows, device=tokens.device)[:, None], places)
+    return window_pass(model, cache, tokens, positions, write, (read, slice(seen)), mask, has_masks)
 
 
 # --- Guess and accept ---
@@ -480,6 +488,7 @@ class Decoding:
     draft_width: int | None = knob(
         None, "Masks of a draft  [default: the adapter's, or half a block]", int, 1
     )
+    draft_ahead: bool = knob(False, "Draft in verify passes too: fewer passes, but wider ones.")
     draft_confidence: float = knob(0.0, "Verify drafts while their joint confidence is above.", float, 0, 1)
 
     def __post_init__(self):
@@ -539,7 +548,12 @@ class Decoding:
         require(has_mask or size == 1, adapted)
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
         width = self.draft_width or config.draft_width or max(1, config.block_size // 2)
-        return replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
+        found = replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
+        wide = (
+            f"draft_ahead makes passes of {widest(found)} tokens of draft_width {width}; take a smaller one."
+        )
+        require(widest(found) <= most, wide)
+        return found
 
 
 class Revealed(NamedTuple):
@@ -558,7 +572,8 @@ class Pass:
     kind: str  # prefill, full, refresh, sub, commit or fused; draft or verify
     start: int  # the window is [start, start + len(tokens))
     tokens: list[int]  # its input, masks included
-    guessed: list[int]  # positions to guess; the output at i - 1 predicts position i (token shift)
+    guessed: list[int]  # positions to guess
+    outputs: list[int]  # for each of them, the place in the window whose output predicts it
     draws: Tensor  # a uniform number for each of them, at temperatures above 0
     committed: int  # after this pass, positions before this have their final keys and values in the cache
     row: int = 0  # the prompt's index
@@ -566,6 +581,12 @@ class Pass:
     refused: list[Revealed] = field(default_factory=list)  # drafts that verification did not confirm
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
     finish_reason: str | None = None  # in a row's last pass: "stop" or "length"
+
+    @property
+    def stop(self) -> int:
+        """The first position after the window. A window of drafts predicts up to there."""
+        drafts = self.kind in ("draft", "verify")
+        return self.guessed[-1] if drafts else self.start + len(self.tokens)
 
 
 class Row:
@@ -645,9 +666,11 @@ class Row:
         self.finish(pass_)
 
     def plan(self, kind: str, start: int, stop: int, guessed: Iterable[int], committed: int) -> Pass:
+        """A pass over positions [start, stop)."""
         guessed = list(guessed)
+        outputs = [i - 1 - start for i in guessed]  # token shift (section 3): output i - 1 predicts i
         draws = self.draw(guessed) if self.decoding.temperature else torch.empty(0)
-        return Pass(kind, start, self.tokens[start:stop], guessed, draws, committed, self.index)
+        return Pass(kind, start, self.tokens[start:stop], guessed, outputs, draws, committed, self.index)
 
     def draw(self, guessed: list[int]) -> Tensor:
         """A uniform number for each guess; positions are drawn anew in every pass."""
@@ -678,7 +701,9 @@ class VerifiedRow(Row):
 
     Everything is read with block size 1. A cycle is a draft pass, then a verify pass. The draft pass adds
     AR's next token; the verify pass adds the drafts that AR agrees with, then AR's next token. Where no draft
-    is worth it, the verify pass is left out. Between passes the last known token is not committed yet.
+    is worth it, the verify pass is left out. With `draft_ahead` a verify pass also drafts what follows, for
+    every number of drafts that it may keep, and the next verify pass comes at once. Between passes the last
+    known token is not committed yet.
     """
 
     def __init__(self, *given, **more):
@@ -687,7 +712,7 @@ class VerifiedRow(Row):
         self.numbers = []  # uniform, of each new token
 
     def next_pass(self) -> Pass:
-        start, room = self.committed, self.limit - self.final
+        start, room, width = self.committed, self.limit - self.final, self.decoding.draft_width
         if self.final == self.prompt_length:
             return self.plan("prefill", start, self.final, [self.final], self.final)
 
@@ -695,21 +720,27 @@ class VerifiedRow(Row):
         # prediction, and its keys and values are final. A mask also sees the other masks, and its output
         # drafts the position after it (token shift). Masks whose drafts could not be kept are left out.
         # 2. Verify: the last known token, then the drafts, all causal: the outputs are AR's predictions.
-        masks = [self.mask] * min(self.decoding.draft_width, max(0, room - 2))
-        self.tokens[self.final :] = [draft.token for draft in self.drafts] or masks
-        stop = len(self.tokens)
+        # 3. Draft ahead: behind the drafts, a group of masks for each token that may be the last one kept.
+        self.drafts = self.drafts[: room - 1]
+        masks = min(width, max(0, room - 2)) if not self.drafts else width * self.decoding.draft_ahead
+        window = [self.tokens[start], *(draft.token for draft in self.drafts)]
+        ends = range(self.final, self.final + len(window))  # the position after each token of the window
+        guessed = [*ends, *(end + i for end in ends for i in range(1, masks + 1))]
+        draws = self.draw(guessed) if self.decoding.temperature else torch.empty(0)
+        tokens = window + [self.mask] * (masks * len(window))
         kind = "verify" if self.drafts else "draft"
-        return self.plan(kind, start, stop, range(self.final, stop + 1), self.final)
+        return Pass(kind, start, tokens, guessed, range(len(tokens)), draws, self.final, self.index)
 
     def take(self, pass_: Pass, guesses: list[tuple]) -> None:
-        """Keep AR's prediction, and of a verify pass the drafts before it: those that AR predicts too."""
+        """Keep AR's prediction, and before it the drafts that AR predicts too; note what is drafted next."""
         found = [Revealed(position, *guess) for position, guess in zip(pass_.guessed, guesses)]
         agree = [draft.token == guess.token for draft, guess in zip(self.drafts, found)]
         kept = [*agree, False].index(False)  # a draft pass has none to compare
         pass_.revealed, pass_.refused = found[: kept + 1], self.drafts[kept:]
         self.committed = pass_.committed = pass_.committed + kept
-        self.drafts = self.promising(found[1:]) if pass_.kind == "draft" else []
-        del self.tokens[self.final :]
+        ahead = found[len(agree) + 1 :]  # groups of equal size, one for each number of kept drafts
+        masks = len(ahead) // (len(agree) + 1)
+        self.drafts = self.promising(ahead[masks * kept : masks * (kept + 1)])
         self.finish(pass_)
 
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
@@ -724,7 +755,7 @@ class VerifiedRow(Row):
 
     def draw(self, guessed: list[int]) -> Tensor:
         """AR draws one number per position; here a position gets its number in every pass."""
-        while len(self.numbers) <= guessed[-1] - self.prompt_length:
+        while len(self.numbers) <= max(guessed) - self.prompt_length:
             self.numbers += torch.rand(1, generator=self.generator).tolist()
         return torch.tensor([self.numbers[i - self.prompt_length] for i in guessed])
 
@@ -807,8 +838,8 @@ def decode_rows(
     """`decode` with resolved options and checked prompts. Row i of the cache belongs to `rows[i]`."""
     size, places = decoding.block_size, min(len(prompts), decoding.batch_size)
     longest = max((len(prompt) for prompt in prompts), default=0) + decoding.max_new_tokens
-    # a padded window may write past its row's last token
-    length = round_up(longest, size) + (decoding.draft_width + 1) * decoding.verify
+    # a window of drafts may write past its row's last token
+    length = round_up(longest, size) + decoding.verify * widest(decoding)
     if recorded:
         cache = recorded.claim(model, places, length)
     else:
@@ -862,12 +893,18 @@ def decode_rows(
 def shared_width(pass_: Pass, decoding: Decoding) -> tuple[bool, int]:
     """Passes that agree in this can run as one: whether it is a prefill, and its width after padding.
 
-    Prefills are padded to 64 positions, and passes that verify to the width of a draft, so that more rows
+    Prefills are padded to 64 positions, and passes that verify to the widest of them, so that more rows
     share them.
     """
     if pass_.kind == "prefill":
         return True, round_up(len(pass_.tokens), 64)
-    return False, decoding.draft_width + 1 if pass_.kind == "verify" else len(pass_.tokens)
+    return False, widest(decoding) if pass_.kind == "verify" else len(pass_.tokens)
+
+
+def widest(decoding: Decoding) -> int:
+    """Tokens in the widest pass that verifies."""
+    tokens = decoding.draft_width + 1
+    return tokens * tokens if decoding.draft_ahead else tokens
 
 
 def run_passes(
@@ -879,8 +916,7 @@ def run_passes(
     Their own tokens never attend to padding, and its slots are overwritten before they are read.
     """
     width = max(len(pass_.tokens) for pass_ in passes)
-    # token shift (paper, section 3): the output at i - 1 predicts position i
-    outputs = [n * width + i - 1 - pass_.start for n, pass_ in enumerate(passes) for i in pass_.guessed]
+    outputs = [n * width + place for n, pass_ in enumerate(passes) for place in pass_.outputs]
     draws = torch.cat([pass_.draws for pass_ in passes])
     tokens = torch.tensor([pass_.tokens + [0] * (width - len(pass_.tokens)) for pass_ in passes])
     starts = [pass_.start for pass_ in passes]
@@ -889,7 +925,10 @@ def run_passes(
         found = recorded.run(cache, slots, tokens, starts, outputs, draws, decoding, has_masks)
     else:
         device = model.weight.device
-        hidden = run_window(model, tokens.to(device), starts, cache, decoding.block_size, slots, has_masks)
+        drafts = decoding.draft_width if decoding.verify and has_masks else None
+        hidden = run_window(
+            model, tokens.to(device), starts, cache, decoding.block_size, slots, has_masks, drafts
+        )
         if not outputs:
             return [[] for _ in passes]
         found = best_guesses(
@@ -992,10 +1031,11 @@ class Tokenizer:
         self.encoder = encoder
         self.system = system  # the default system message of a chat
         self.files = files  # contents by name, so that `save` can copy the tokenizer
+        self.size = max(encoder.get_vocab().values(), default=-1) + 1
 
     def __len__(self) -> int:
         """The largest id plus 1."""
-        return max(self.encoder.get_vocab().values(), default=-1) + 1
+        return self.size
 
     def id(self, token: str) -> int | None:
         return self.encoder.token_to_id(token)

@@ -46,7 +46,7 @@ from speed import SHAPES, build, cost, limits, wait  # noqa: E402
 import cli  # noqa: E402
 import fastdllm  # noqa: E402
 from fast import PrepackedLinear, RecordedPasses, prepack  # noqa: E402
-from fastdllm import KVCache, Pass, Qwen2, looks_from, unparse_config, window_pass  # noqa: E402
+from fastdllm import KVCache, Pass, Qwen2, block_causal_mask, unparse_config, window_pass  # noqa: E402
 
 WINDOWS, BLOCK = (1, 8, 32), 32
 
@@ -78,9 +78,9 @@ def one_pass(model: Qwen2, batch: int, width: int, seen: int, masked: bool = Tru
     tokens = torch.randint(700, (batch, width), device=device)
     positions = (seen - BLOCK + torch.arange(width, device=device)).expand(batch, width)
     # as in a recorded pass, whose positions vary
-    queries = looks_from(tokens, positions, True, None) if masked else None
+    mask = block_causal_mask(positions[:, -1:], torch.arange(seen, device=device), size) if masked else None
     write, read = (torch.arange(batch, device=device)[:, None], positions), (slice(batch), slice(seen))
-    return partial(window_pass, model, cache, tokens, positions, write, read, queries, size, False)
+    return partial(window_pass, model, cache, tokens, positions, write, read, mask, False)
 
 
 def linears(model: Qwen2) -> list[nn.Linear]:
@@ -268,7 +268,7 @@ def cuda(shape, layers, batch_sizes, device, seconds, target):
                     record = way != "eager" and where.type == "cuda"
                     work = RecordedPasses(model).capture(run, where) if record else run
                     row[way] = round(milliseconds(lambda work=work: (work(), wait(where)), seconds), 3)
-                pass_ = Pass("full", seen - BLOCK, [0] * width, [], torch.empty(0), 0)
+                pass_ = Pass("full", seen - BLOCK, [0] * width, [], [], torch.empty(0), 0)
                 moved, done = cost(
                     model.config, model.weight.itemsize, [pass_] * batch, 1 if width == 1 else BLOCK
                 )

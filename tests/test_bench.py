@@ -87,7 +87,7 @@ CONFIG = Config(100, 8, 16, 3, 2, 1, 6, 64, block_size=4, mask_token_id=99)  # D
 
 
 def window(start: int, width: int, guessed: int) -> Pass:
-    return Pass("full", start, [0] * width, list(range(guessed)), torch.empty(0), 0)
+    return Pass("full", start, [0] * width, list(range(guessed)), [], torch.empty(0), 0)
 
 
 def test_bytes_of_a_pass_are_weights_once_and_the_cache():
@@ -119,7 +119,7 @@ def test_operations_of_a_pass_are_products_and_attention():
 def test_the_masks_of_a_draft_see_each_other():
     known, masks = [7], [CONFIG.mask_token_id] * 3
     operations = lambda kind, tokens: speed.cost(
-        CONFIG, 2, [Pass(kind, 4, tokens, [5, 6, 7, 8], torch.empty(0), 5)], 1
+        CONFIG, 2, [Pass(kind, 4, tokens, [5, 6, 7, 8], [], torch.empty(0), 5)], 1
     )[1]
     pair = 4 * 3 * 12
     assert operations("draft", known + masks) - operations("verify", known + [7, 7, 7]) == pair * 3

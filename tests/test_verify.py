@@ -28,6 +28,7 @@ def random_setting(rng, model) -> tuple[list[list[int]], Decoding]:
     return prompts, Decoding(
         verify=True,
         draft_width=rng.randrange(1, 12),
+        draft_ahead=rng.random() < 0.5,
         draft_confidence=rng.choice([0.0, 0.0, 0.05, 0.3, 1.0]),
         max_new_tokens=rng.randrange(1, 16),
         stop_token_ids=stops,
@@ -98,8 +99,46 @@ def test_masks_of_a_draft_see_each_other_and_known_tokens_do_not_see_them(models
         whole = model(torch.tensor([ids]), positions[None], attend)
         cache = fastdllm.KVCache(model.config, 1, n, model.weight)
         fastdllm.run_window(model, torch.tensor([known]), [0], cache, 1)
-        window = fastdllm.run_window(model, torch.tensor([draft.tokens]), [len(known)], cache, 1, None, True)
+        window = fastdllm.run_window(
+            model, torch.tensor([draft.tokens]), [len(known)], cache, 1, None, True, width
+        )
     torch.testing.assert_close(window[0], whole[0, len(known) :], atol=1e-4, rtol=1e-4)
+
+
+def test_drafts_ahead_are_those_of_a_draft_pass_after_the_kept_tokens(models):
+    """Group j of a verify pass gives what a draft pass gives once the first j drafts are known."""
+    model, mask, width = models[0], models[0].config.mask_token_id, 3
+    knobs = Decoding(verify=True, draft_ahead=True, draft_width=width).resolve(model.config)
+    known, row = list(range(3, 14)), VerifiedRow(list(range(3, 14)), knobs, mask)
+    row.take(row.next_pass(), [(20, 1.0, None)])
+    row.take(row.next_pass(), [(token, 0.9, None) for token in (21, 22, 23, 24)])
+    ahead = row.next_pass()
+    assert (ahead.kind, ahead.tokens) == ("verify", [21, 22, 23, 24] + [mask] * 4 * width)
+    assert ahead.guessed[:4] == [13, 14, 15, 16] and ahead.guessed[4:10] == [14, 15, 16, 15, 16, 17]
+    run = lambda cache, window, start: fastdllm.run_window(
+        model, torch.tensor([window]), [start], cache, 1, None, True, width if mask in window else None
+    )[0]
+    with torch.inference_mode():
+        caches = [fastdllm.KVCache(model.config, 1, 40, model.weight) for _ in range(2)]
+        for cache in caches:
+            cache.clear(0)
+            run(cache, [*known, 20], 0)
+        together = run(caches[0], ahead.tokens, 12)[4:].split(width)
+        for j, token in enumerate([21, 22, 23, 24]):
+            alone = run(caches[1], [token] + [mask] * width, 12 + j)
+            torch.testing.assert_close(together[j], alone[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_drafts_ahead_take_fewer_passes(shipped):
+    model, tokenizer = shipped
+    question = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
+    prompt = tokenizer.chat([{"role": "user", "content": question}])
+    two, one = (
+        generate(model, [prompt], Decoding(verify=True, draft_width=2, draft_ahead=ahead))[0]
+        for ahead in (False, True)
+    )
+    assert one.tokens == two.tokens and one.passes["draft"] < two.passes["draft"]
+    assert one.forward_passes < 0.8 * two.forward_passes
 
 
 def test_a_pass_says_which_drafts_were_refused(models):
@@ -149,6 +188,8 @@ def test_a_model_without_masks_cannot_draft(models):
     plain = Qwen2(Config(64, 32, 48, 1, 4, 2, 8, 128))
     with pytest.raises(InputError, match="cannot draft; load an adapter"):
         decode(plain, [[1]], Decoding(verify=True))
+    with pytest.raises(InputError, match="passes of 961 tokens of draft_width 30"):
+        decode(models[-1], [[1]], Decoding(verify=True, draft_width=30, draft_ahead=True)).close()
     with pytest.raises(InputError, match="leave block_size 4 out"):
         decode(models[0], [[1]], Decoding(4, verify=True))
 

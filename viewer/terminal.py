@@ -71,7 +71,7 @@ def watch(
     plain = "NO_COLOR" in os.environ
     tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
     for number, pass_ in enumerate(passes):
-        tokens += [mask] * (pass_.start + len(pass_.tokens) - begin - len(tokens))  # a new block, or drafts
+        tokens += [mask] * (pass_.stop - begin - len(tokens))  # a new block, or drafts
         if pass_.kind in ("draft", "verify"):
             del tokens[final:]
         for kept in pass_.revealed:

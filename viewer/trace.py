@@ -66,7 +66,7 @@ def lane(tokenizer: Tokenizer | None, passes: TimedPasses) -> dict:
         {
             "kind": pass_.kind,
             "start": pass_.start,
-            "stop": pass_.start + len(pass_.tokens),
+            "stop": pass_.stop,
             "seconds": round(seconds, 5),
             "refused": [
                 {
