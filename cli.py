@@ -8,6 +8,8 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes second
 
 import errno
 import functools
+import glob
+import hashlib
 import itertools
 import json
 import math
@@ -16,7 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from datetime import date
 from functools import partial
@@ -27,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.judging import PAPER_PROMPT, aup, paired_drop, read_problems, score_line, scores, verdict
-from fast import RecordedPasses, prepack
+from fast import RecordedPasses, avoid_cudnn_attention, prepack
 from fastdllm import (
     DTYPES,
     Config,
@@ -192,39 +194,34 @@ KNOBS = [field.name for field in fields(Decoding) if "help" in field.metadata]
 decoding_options = options(Decoding, *KNOBS, group="Decoding")
 
 
-def model_options(command: Callable) -> Callable:
-    """Which checkpoint, where and in which precision."""
-    for add in [
-        option("--record/--no-record", default=True, group="Model", help="CUDA: replay recorded passes."),
-        option(
-            "--prepack/--no-prepack",
-            "packed",
-            default=True,
-            group="Model",
-            help="CPU: oneDNN's weight order.",
-        ),
-        option(
-            "--dtype", default="auto", group="Model", help="auto (the files'), float32, bfloat16 or float16."
-        ),
-        option("--device", default="auto", group="Model", help="auto, cpu, cuda or mps."),
-        option("--adapter", group="Model", help="Draft adapter over the model: folder or Hub id."),
-        option(
-            "--model",
-            default=str(SHIPPED),
-            group="Model",
-            help="Folder or Hub id  [default: the shipped one]",
-        ),
-    ]:
-        command = add(command)
-    return command
+def several(*decorators: Callable) -> Callable:
+    """Several options as one decorator."""
+    return lambda command: [command := decorate(command) for decorate in reversed(decorators)][-1]
+
+
+model_option, file_option = partial(option, group="Model"), partial(option, group="Input and output")
+model_options = several(
+    model_option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped one]"),
+    model_option("--adapter", help="Draft adapter over the model: folder or Hub id."),
+    model_option("--device", default="auto", help="auto, cpu, cuda or mps."),
+    model_option("--dtype", default="auto", help="auto (the files'), float32, bfloat16 or float16."),
+    model_option("--prepack/--no-prepack", "packed", default=True, help="CPU: oneDNN's weight order."),
+    model_option("--record/--no-record", default=True, help="CUDA: replay recorded passes."),
+)
 
 
 def open_model(
     model: str, adapter: str | None, device: str, dtype: str, packed: bool, record: bool
 ) -> tuple[Qwen2, Tokenizer | None, RecordedPasses | None]:
-    """Model, tokenizer, and on CUDA recorded passes, for decoding."""
+    """Model, tokenizer, and on CUDA recorded passes, for decoding on this process's device."""
+    if "LOCAL_RANK" in os.environ and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
     network, tokenizer = load(model, device, dtype, adapter)
-    recorded = RecordedPasses(network) if record and network.weight.is_cuda else None
+    recorded = None
+    if network.weight.is_cuda:
+        avoid_cudnn_attention()
+        recorded = RecordedPasses(network) if record else None
     return prepack(network) if packed else network, tokenizer, recorded
 
 
@@ -370,6 +367,8 @@ def environment() -> dict:
 
 def note_of_options(model: Qwen2, decoding: Decoding) -> None:
     """What a user should know of options that work at a price."""
+    if RANK > 0:  # the first process says it
+        return
     size, trained = decoding.block_size, model.config.block_size
     if model.mask_row is not None and not decoding.verify and size > 1:
         click.echo("Note: the base was never adapted; without --verify quality is not guaranteed.", err=True)
@@ -397,50 +396,21 @@ def cli():
 @click.argument("prompt", required=False)
 @model_options
 @decoding_options
-@option("--system", group="Input and output", help="System message.")
-@option(
-    "--raw",
-    is_flag=True,
-    group="Input and output",
-    help="Continue the prompt as it is, without chat template.",
-)
-@option("--prompt-ids", group="Input and output", help='Token ids instead of text: "1,2,3".')
-@option(
-    "--input",
-    "source",
-    group="Input and output",
-    help="JSONL with `prompt`, `messages` or `prompt_ids`; - is stdin.",
-)
-@option(
-    "--output",
-    "target",
-    default="-",
-    group="Input and output",
-    help="JSONL for the answers to --input  [default: stdout]",
-)
-@option(
-    "--json", "as_json", is_flag=True, group="Input and output", help="Print one JSON object instead of text."
-)
-@option(
-    "--watch",
-    "live",
-    is_flag=True,
-    group="Input and output",
-    help="Draw the answer in a terminal as it is written.",
-)
-@option(
+@file_option("--system", help="System message.")
+@file_option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
+@file_option("--prompt-ids", help='Token ids instead of text: "1,2,3".')
+@file_option("--input", "source", help="JSONL with `prompt`, `messages` or `prompt_ids`; - is stdin.")
+@file_option("--output", "target", default="-", help="JSONL for the answers to --input  [default: stdout]")
+@file_option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@file_option("--watch", "live", is_flag=True, help="Draw the answer in a terminal as it is written.")
+@file_option(
     "--delay",
     type=click.FloatRange(0, 60),
     default=0.15,
     show_default=True,
-    group="Input and output",
     help="Seconds per pass of --watch.",
 )
-@option(
-    "--trace",
-    group="Input and output",
-    help="Write a page that replays the passes, beside AR's, to this HTML file.",
-)
+@file_option("--trace", help="Write a page that replays the passes, beside AR's, to this HTML file.")
 @reports_mistakes
 def generate(
     prompt, model, adapter, device, dtype, packed, record, system, raw, prompt_ids, source, target, as_json,
@@ -459,6 +429,7 @@ def generate(
     require(
         not many, "--json, --watch and --trace show one answer; answers to --input are JSON lines anyway."
     )
+    require(PROCESSES == 1 or source not in (None, "-"), "Several processes need --input FILE to share out.")
     require(not (as_json and live), "--watch draws the answer and --json prints an object; give one of them.")
     if source is not None and "-" not in (source, target) and Path(target).exists() and Path(source).exists():
         same = os.path.samefile(source, target)
@@ -493,7 +464,9 @@ def generate(
         click.echo("Note: --watch draws in a terminal only; this is the plain text.", err=True)
         live = False
     if source is not None:
-        answer_file(network, tokenizer, list(records.values()), prompts, decoding, recorded, target)
+        header = header_of(model, adapter, network, decoding) if PROCESSES > 1 else {}
+        records = list(records.values())
+        answer_file(network, tokenizer, records, prompts, decoding, recorded, target, header)
     else:
         answer_one(
             network, tokenizer, prompts[0], decoding, recorded, as_json, delay if live else None, trace
@@ -580,54 +553,106 @@ def stream_answer(
     return result
 
 
-def in_order(
+# --- Many prompts ---
+# `torchrun --nproc-per-node 8 cli.py eval --output FILE` starts this program eight times, each on a device of
+# its own. Each process answers its share of the prompts and appends to a part file of its own; the first one
+# then puts the answers in order. They exchange nothing else. So an answer that was written is never lost, and
+# the same command goes on after a kill, also with another number of processes.
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def finished(
     model: Qwen2, prompts: list[list[int]], decoding: Decoding, recorded, done: int = 0
-) -> Iterator[Result]:
-    """Decode prompts in batches; each result comes as soon as all before it have.
+) -> Iterator[tuple[int, Result]]:
+    """Decode prompts in batches; yields index and result of each one when it ends.
 
     Shows a bar that begins at `done`. Ctrl-C ends it early, after the pass in work.
     """
-    results, given = [Result() for _ in prompts], 0
-    with tqdm(total=done + len(prompts), initial=done, unit="prompt") as bar, ctrl_c() as interrupted:
+    results, total = [Result() for _ in prompts], done + len(prompts)
+    with tqdm(total=total, initial=done, unit="prompt", disable=RANK > 0) as bar, ctrl_c() as interrupted:
         for pass_ in decode(model, prompts, decoding, recorded=recorded):
             results[pass_.row].add(pass_)
-            bar.update(pass_.finish_reason is not None)
-            while given < len(prompts) and results[given].finish_reason:
-                yield results[given]
-                given += 1
+            if pass_.finish_reason:
+                bar.update()
+                yield pass_.row, results[pass_.row]
             if interrupted:
                 return
 
 
-def answer_file(
-    model, tokenizer, records: list[dict], prompts, decoding: Decoding, recorded, target: str
-) -> None:
-    """Decode many prompts; each answer is written with its record's fields."""
-    results, began = [], time.perf_counter()
-    with click.open_file(target, "w", encoding="utf-8") as file:
-        for record, prompt, result in zip(records, prompts, in_order(model, prompts, decoding, recorded)):
-            results.append(result)
-            file.write(json.dumps(record | report(result, prompt, tokenizer), ensure_ascii=False) + "\n")
-            file.flush()
-    found = rates(results, time.perf_counter() - began)
-    tokens = sum(len(result.tokens) for result in results)
-    click.echo(f"{len(results)} answers, " + summary_line(tokens, found), err=True)
-    if len(results) < len(prompts):
-        click.echo(f"Interrupted: {len(results)} of {len(prompts)} answers are written.", err=True)
+def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
+    """Each result as soon as all before it are there."""
+    waiting, given = {}, 0
+    for index, result in results:
+        waiting[index] = result
+        while given in waiting:
+            yield waiting.pop(given)
+            given += 1
+
+
+def answer_all(
+    model, prompts: list[list[int]], decoding: Decoding, recorded, target: Path | None, header: dict, start=0
+) -> Iterator[Result]:
+    """Results of the prompts from `start` on, in order; of several processes only the first yields them."""
+    if PROCESSES == 1:
+        yield from in_order(finished(model, prompts[start:], decoding, recorded, start))
+        return
+    require(target, "Several processes need --output FILE, beside which each writes its part.")
+    go_on = f"what is answered is in {target}.rank-*, and the same command goes on."
+
+    def ended_by_torchrun(*_) -> None:
+        click.echo(f"Error: torchrun ends process {RANK}, since another one has failed; {go_on}", err=True)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, ended_by_torchrun)
+    header = header | {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
+    path = Path(f"{target}.rank-{RANK}")
+    with locked(path, f"{path}: another run is writing it; wait for it, or name another --output.") as file:
+        there = read_parts(target, header)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # cuts off half a line
+        write = lambda line: (file.write(json.dumps(line) + "\n"), file.flush())
+        if not path.stat().st_size:
+            write(header)
+        # longest first, so that the processes end at about the same time
+        order = sorted(range(start, len(prompts)), key=lambda i: -len(prompts[i]))[RANK::PROCESSES]
+        left, count = [i for i in order if i not in there], 0
+        for index, result in finished(model, [prompts[i] for i in left], decoding, recorded):
+            write({"index": left[index]} | asdict(result))
+            count += 1
+    if count < len(left):
+        click.echo(f"Interrupted: {go_on}", err=True)
         sys.exit(INTERRUPTED)
+    if RANK > 0:
+        return
+    while not there.keys() >= set(range(start, len(prompts))):  # if a process dies, torchrun ends this one
+        time.sleep(0.5)
+        there = read_parts(target, header)
+    yield from (there[i] for i in range(start, len(prompts)))
+    for part in parts_of(target):  # the caller has written everything by now
+        part.unlink()
 
 
-# --- eval ---
+def parts_of(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(glob.escape(target.name) + ".rank-*"))
 
 
-def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
-    """Lines that an earlier run has written, its header first; half a line at the end is cut off.
+def read_parts(target: Path, header: dict) -> dict[int, Result]:
+    """Results by the prompt's index that processes of this run, or of an earlier try, have written."""
+    found = {}
+    for part in parts_of(target):
+        for line in written(part, header)[1:]:
+            index = line.pop("index")
+            found[index] = Result(**line)
+    return found
 
-    Raises InputError, and leaves the file as it is, where that run was another one, naming what differs.
+
+def written(path: Path, header: dict) -> list[dict]:
+    """Whole lines that an earlier run has written, its header first; none where there is no file.
+
+    Raises InputError where that run was another one, naming what differs.
     """
-    if not path.exists():
-        return []
-    content, first = path.read_bytes(), json.dumps(header, ensure_ascii=False).encode()
+    content = path.read_bytes() if path.exists() else b""
+    first = json.dumps(header, ensure_ascii=False).encode()
     if content[: len(first)] != first[: len(content)]:
         there = None
         with suppress(ValueError, RecursionError):
@@ -641,14 +666,7 @@ def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
         raise InputError(
             f"{path}: holds something else than answers of this run; remove it or name another file."
         )
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = list(parse_jsonl(whole, path).values())
-    same = len(lines) <= len(problems) + 1 and all(
-        v.items() >= p.items() for v, p in zip(lines[1:], problems)
-    )
-    require(same, f"{path}: holds answers to other problems; remove it or name another file.")
-    os.truncate(path, len(whole))
-    return lines
+    return list(parse_jsonl(content[: content.rfind(b"\n") + 1], path).values())
 
 
 @contextmanager
@@ -663,6 +681,61 @@ def locked(path: Path, problem: str) -> Iterator:
         except BlockingIOError:
             raise InputError(problem) from None
         yield file
+
+
+def header_of(model: str, adapter: str | None, network: Qwen2, decoding: Decoding) -> dict:
+    """What an answer depends on, but for its prompt: the first line of a file that a run can go on with."""
+    folder, used = locate(model), asdict(decoding)
+    used.pop("batch_size")
+    files = {name: (folder / name).stat() for name in shards(folder)}
+    return {
+        "model": model,
+        "adapter": adapter,
+        "dtype": str(network.weight.dtype),
+        "weights": {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()},
+        "options": json.loads(json.dumps(used)),
+    }
+
+
+def answer_file(
+    model, tokenizer, records: list[dict], prompts, decoding: Decoding, recorded, target: str, header: dict
+) -> None:
+    """Decode many prompts; each answer is written with its record's fields."""
+    results, began = [], time.perf_counter()
+    place = None if target == "-" else Path(target)
+    answers = answer_all(model, prompts, decoding, recorded, place, header)
+    with (
+        closing(answers),
+        click.open_file(target, "w", encoding="utf-8") if RANK == 0 else nullcontext() as file,
+    ):
+        for result, record, prompt in zip(answers, records, prompts):
+            results.append(result)
+            file.write(json.dumps(record | report(result, prompt, tokenizer), ensure_ascii=False) + "\n")
+            file.flush()
+    if RANK > 0:
+        return
+    found = rates(results, time.perf_counter() - began)
+    tokens = sum(len(result.tokens) for result in results)
+    click.echo(f"{len(results)} answers, " + summary_line(tokens, found), err=True)
+    if len(results) < len(prompts):
+        click.echo(f"Interrupted: {len(results)} of {len(prompts)} answers are written.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+# --- eval ---
+
+
+def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
+    """Lines that an earlier run has written, its header first.
+
+    Raises InputError, and leaves the file as it is, where that run was another one, naming what differs.
+    """
+    lines = written(path, header)
+    same = len(lines) <= len(problems) + 1 and all(
+        v.items() >= p.items() for v, p in zip(lines[1:], problems)
+    )
+    require(same, f"{path}: holds answers to other problems; remove it or name another file.")
+    return lines
 
 
 @cli.command("eval", cls=Grouped)
@@ -713,28 +786,26 @@ def evaluate(
     decoding = decoding.resolve(network.config)
     prompts = encode_prompts(problems, tokenizer, decoding, network.config)
     problems = list(problems.values())
-    used = {name: value for name, value in asdict(decoding).items() if name != "batch_size"}
-    header = {"model": model, "adapter": adapter, "dtype": str(network.weight.dtype)}
-    if target:
-        folder = locate(model)
-        files = {name: (folder / name).stat() for name in shards(folder)}
-        header["weights"] = {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()}
-    header["options"] = json.loads(json.dumps(used))
+    header = header_of(model, adapter, network, decoding) if target else {}
     note_of_options(network, decoding)
 
     busy = f"{target}: another run is writing it; wait for it, or name another file."
     began = time.perf_counter()
-    with locked(target, busy) if target else nullcontext() as file:
+    with locked(target, busy) if target and RANK == 0 else nullcontext() as file:
         lines = done_before(target, problems, header) if target else []
+        if file:
+            os.truncate(target, target.read_bytes().rfind(b"\n") + 1)  # cuts off half a line
         write = lambda line: file and (file.write(json.dumps(line, ensure_ascii=False) + "\n"), file.flush())
         if not lines:
             write(header)
         verdicts = lines[1:]
         start = len(verdicts)
-        answers = in_order(network, prompts[start:], decoding, recorded, start)
-        for problem, result in zip(problems[start:], answers):
+        answers = answer_all(network, prompts, decoding, recorded, target, header, start)
+        for result, problem in zip(answers, problems[start:]):
             verdicts.append(verdict(problem, result, tokenizer))
             write(verdicts[-1])
+    if RANK > 0:
+        return
     tokens = sum(line["new_tokens"] for line in verdicts[start:])
     if verdicts:
         found = scores(verdicts) | {

@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cli import locked, options, reports_mistakes
+from cli import locked, options, reports_mistakes, several
 from fast import blockwise_attention, plain_attention, sparse_attention, sparse_mask, to_int8
 from fastdllm import (
     DTYPES,
@@ -1485,11 +1485,6 @@ DTYPE_NAMES = click.Choice(["float32", "bfloat16", "float16"])
 
 def take_preset(context: click.Context, _, name: str | None) -> None:
     context.default_map = (context.default_map or {}) | PRESETS.get(name, {})
-
-
-def several(*decorators: Callable) -> Callable:
-    """Several options as one decorator."""
-    return lambda command: [command := decorate(command) for decorate in reversed(decorators)][-1]
 
 
 run_options = several(

@@ -7,7 +7,8 @@
 prints lm-eval's table and, for each task that generates, tokens per forward and tokens/s. `--output` writes
 lm-eval's own result file, with these under "speed", and the samples beside it. `--paper` runs the paper's
 tasks in the original's settings and prints the paper's scores beside ours; it stops at a task's stop strings,
-which the original ignores. HumanEval and MBPP are judged by EvalPlus, see code_samples.py.
+which the original ignores. `torchrun --nproc-per-node 8 benchmarks/harness.py ...` shares the questions out
+among devices. HumanEval and MBPP are judged by EvalPlus, see code_samples.py.
 
 Log-likelihoods (MMLU, GPQA, perplexities) have two readings. "ar" is the usual one: each token given all
 before it, causally. "original" is what the original's evaluation computes for its MMLU and GPQA: the
@@ -16,14 +17,18 @@ rest of the continuation, an end token behind it, and masks up to the end of the
 """
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -44,6 +49,7 @@ from fastdllm import (  # noqa: E402
     replace_file,
     require,
 )
+from train import processes, rank, world_size  # noqa: E402
 
 try:
     from lm_eval import simple_evaluate, utils
@@ -76,6 +82,20 @@ PAPER_SCORES = {  # Fast-dLLM v2 at threshold 1
     "v2 7B": {"GSM8K": 83.7, "MATH": 61.6, "IFEval": 61.4, "MMLU": 66.6, "GPQA": 31.9},
 }
 PAPER_TOKENS = 2048  # longest answer; its blocks of 32 are the checkpoint's, its sub-blocks of 8 the default
+
+
+def share_out(sizes: list[int], work: Callable[[list[int]], Iterable]) -> list:
+    """What `work` gives for each index; each process does a share, longest first, and gets all, in order."""
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    mine = order[rank() :: world_size()]
+    found = dict(zip(mine, work(mine)))
+    if world_size() > 1:
+        parts = [None] * world_size()
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # shares end at unlike times
+        dist.all_gather_object(parts, found, group=patient)
+        dist.destroy_process_group(patient)
+        found = {i: x for part in parts for i, x in part.items()}
+    return [found[i] for i in range(len(sizes))]
 
 
 class HarnessModel(TemplateLM):
@@ -162,9 +182,16 @@ class HarnessModel(TemplateLM):
         require(room > 0, f"{longest} new tokens leave no room for a prompt; lower --max-new-tokens.")
         # too long a prompt is cut at the left, as lm-eval does
         encoded = [self.tokens.encode(prompt)[-room:] for prompt in prompts]
+        work = lambda mine: self.decode_until([encoded[i] for i in mine], decoding, until, silent)
+        return share_out([len(prompt) for prompt in encoded], work)
+
+    def decode_until(
+        self, prompts: list[list[int]], decoding: Decoding, until: list[str], silent: bool
+    ) -> Iterable[tuple[str, Result]]:
+        """`write`, in this process alone, of token ids."""
         results, ended = [Result() for _ in prompts], [False] * len(prompts)
-        with tqdm(total=len(prompts), unit="prompt", disable=silent) as bar:
-            for pass_ in decode(self.model, encoded, decoding, recorded=self.recorded):
+        with tqdm(total=len(prompts), unit="prompt", disable=silent or rank() > 0) as bar:
+            for pass_ in decode(self.model, prompts, decoding, recorded=self.recorded):
                 row = pass_.row
                 if ended[row]:
                     continue
@@ -194,14 +221,16 @@ class HarnessModel(TemplateLM):
         self, requests: list, disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        found, size = [None] * len(pairs), self.decoding.batch_size if self.reading == "ar" else 1
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-        for start in tqdm(range(0, len(order), size), disable=disable_tqdm, unit="batch"):
-            places = order[start : start + size]
-            score = self.read_causally if self.reading == "ar" else self.read_as_the_original
-            for place, score_and_greedy in zip(places, score([pairs[place] for place in places])):
-                found[place] = score_and_greedy
-        return found
+        score, size = self.read_as_the_original, 1
+        if self.reading == "ar":
+            score, size = self.read_causally, self.decoding.batch_size
+
+        def work(mine: list[int]) -> Iterator[tuple[float, bool]]:
+            silent = disable_tqdm or rank() > 0
+            for start in tqdm(range(0, len(mine), size), disable=silent, unit="batch"):
+                yield from score([pairs[i] for i in mine[start : start + size]])
+
+        return share_out([len(context) + len(continuation) for context, continuation in pairs], work)
 
     def read_causally(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation given its context, and whether AR decoding would write it."""
@@ -343,21 +372,26 @@ def main(
     known = output is None or output.absolute().parent.is_dir()
     require(known, f"--output {output}: there is no such folder.")
     decoding = Decoding(threshold=threshold, batch_size=batch_size, **DECODERS[decoder])
-    network, tokenizer = load(model, device, dtype, **({"adapter": adapter} if adapter else {}))
-    decoding.resolve(network.config)  # a mistake is told before data is fetched
-    causal = decoder in ("ar", "verify")
-    reading = reading or ("original" if paper and not causal else "ar")
-    longest = max_new_tokens or (PAPER_TOKENS if paper else None)
-    subject = HarnessModel(model, prepack(network), tokenizer, decoding, reading, longest)
-    options |= {"manager": find_tasks(tasks, folder)}
-    if paper:
-        table, found = paper_table(subject, tasks, [threshold] if causal else [1.0, 0.9], **options)
-        click.echo(table)
-    else:
-        found = evaluate(subject, tasks, num_fewshot=num_fewshot, **options)
-        click.echo(utils.make_table(found))
-        for task, rates in found["speed"].items():
-            click.echo(f"{task}: {cli.summary_line(rates['tokens'], rates)}")
+    with processes(device) as device:
+        if world_size() > 1:  # to lm-eval all processes are one model, and all get its results
+            os.environ["LOCAL_RANK"] = "0"
+        network, tokenizer = load(model, device, dtype, adapter)
+        decoding.resolve(network.config)  # a mistake is told before data is fetched
+        causal = decoder in ("ar", "verify")
+        reading = reading or ("original" if paper and not causal else "ar")
+        longest = max_new_tokens or (PAPER_TOKENS if paper else None)
+        subject = HarnessModel(model, prepack(network), tokenizer, decoding, reading, longest)
+        options |= {"manager": find_tasks(tasks, folder)}
+        if paper:
+            table, found = paper_table(subject, tasks, [threshold] if causal else [1.0, 0.9], **options)
+        else:
+            found = evaluate(subject, tasks, num_fewshot=num_fewshot, **options)
+            speed = found["speed"].items()
+            lines = [f"{task}: {cli.summary_line(rates['tokens'], rates)}" for task, rates in speed]
+            table = "\n".join([utils.make_table(found), *lines])
+        if rank() > 0:  # all have found the same
+            return
+    click.echo(table)
     if output:
         runs = found.values() if paper else [found]
         answers = [item for results in runs for item in results.pop("samples").items()]

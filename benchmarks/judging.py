@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from decimal import Context, Decimal
 from fractions import Fraction
@@ -163,6 +164,7 @@ def scores(verdicts: list[dict]) -> dict:
         "problems": n,
         "tokens_per_forward": tokens / max(1, sum(v["forward_passes"] for v in verdicts)),
         "stopped_by_length": share("finish_reason", "length"),
+        "answers_from": dict(Counter(v["answer_from"] or "nowhere" for v in verdicts).most_common()),
     }
 
 
@@ -224,5 +226,6 @@ def score_line(found: dict) -> str:
         f"{100 * found['accuracy']:.1f}% (standard error {100 * found['standard_error']:.1f}) "
         f"of {found['problems']} problems, {found['tokens_per_forward']:.2f} tokens per forward"
         + (f", {speed:.1f} tokens/s" if speed else "")
-        + f", {100 * found['stopped_by_length']:.1f}% stopped by length"
+        + f", {100 * found['stopped_by_length']:.1f}% stopped by length; answers from "
+        + ", ".join(f"{place}: {count}" for place, count in found["answers_from"].items())
     )

@@ -58,6 +58,8 @@ def test_eval_reports_accuracy_and_rates(tmp_path):
     passes = sum(line["forward_passes"] for line in lines)
     assert found["tokens_per_forward"] == pytest.approx(sum(line["new_tokens"] for line in lines) / passes)
     assert found["threshold"] == 0.95 and found["tokens_per_second"] > 0 and found["stopped_by_length"] == 0
+    assert found["answers_from"] == {"####": 6}
+    assert "; answers from ####: 6" in run("eval", source).stdout
 
 
 def test_eval_goes_on_where_it_stopped_and_repeats_byte_for_byte(tmp_path):

@@ -1,7 +1,9 @@
 """Our models in lm-eval: against its own model on the same weights, and against `cli.py eval`."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -185,3 +187,28 @@ def test_the_command_writes_lm_evals_file_and_the_paper_table(tmp_path):
         assert (
             result.exit_code == 2 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
         )
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    what = ["--include-path", str(TASKS), "--tasks", "word_problems,word_choices", "--output"]
+    for file, start in (one, []), (two, ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+        line = [sys.executable, *start, "benchmarks/harness.py", *what, str(file)]
+        done = subprocess.run(
+            line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("|word_problems|") == 1
+    texts, more = (
+        [
+            line
+            for line in file.with_suffix(".samples.jsonl").read_text().splitlines()
+            if "word_problems" in line
+        ]
+        for file in (one, two)
+    )
+    assert texts == more and len(texts) == 8  # log-likelihoods round otherwise in other batches
+    ours, theirs = (json.loads(file.read_text()) for file in (one, two))
+    assert ours["results"] == theirs["results"]
+    counts = lambda found: [(s["tokens"], s["forward_passes"]) for s in found["speed"].values()]
+    assert counts(ours) == counts(theirs)
