@@ -89,7 +89,8 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
     """Which keys each query sees: those of its own block and of the blocks before it (paper, section 3).
 
     Attention is bidirectional inside a block and causal between blocks. Positions of queries (..., T) and
-    keys (S) give (..., T, S) bool. Block size 1 is the ordinary causal mask.
+    keys (S) give (..., T, S) bool. Block size 1 is the ordinary causal mask. In training noisy copies of the
+    text stand beside it; what they see is `train.visibility`.
     """
     return queries[..., None] // block_size >= keys // block_size
 
@@ -607,12 +608,10 @@ class Row:
         self.decoding, self.mask, self.index = decoding, mask, index
         self.tokens, self.final, self.prompt_length = list(prompt), len(prompt), len(prompt)
         self.limit, self.finish_reason = len(prompt) + decoding.max_new_tokens, None
-        # the prompt's whole blocks are prefilled; without a cache only where they predict the first token: a
-        # prompt that ends on a block boundary needs the last output of its last block
-        size = decoding.block_size
-        blocks = len(prompt) // size * size
-        cached = blocks if decoding.cache == "none" else cached
-        self.committed = max(0, min(cached, blocks - size * (blocks == len(prompt))))
+        # The block of the prompt's last token always runs, since its last output may predict the first new
+        # token. The blocks before it count as committed where they are in the cache, or where there is none.
+        before = (len(prompt) - 1) // decoding.block_size * decoding.block_size
+        self.committed = before if decoding.cache == "none" else min(cached, before)
         self.block_cached = False
         # confidences are float32, so the threshold must be one too
         self.threshold = torch.tensor(decoding.threshold).item()
@@ -658,7 +657,8 @@ class Row:
         if guesses:
             confidence = [c for _, c, _ in guesses]
             if commits:
-                # the first token after a commit is always kept; the others must exceed the threshold
+                # The first token of a block is predicted by the finished block before it, which holds no
+                # mask: as in AR decoding it is kept at any confidence.
                 confidence[0] = 1.0
             prefix = self.decoding.accept == "prefix"
             kept = accept(confidence, self.threshold, self.decoding.tokens_per_pass, prefix)

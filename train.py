@@ -100,6 +100,8 @@ def visibility(
 ) -> Callable:
     """Training's mask, defined once: `sees(row, head, query, key)`, of indices in [noisy views ; clean].
 
+    For the clean copy alone it is `fastdllm.block_causal_mask`.
+
     A noisy query sees its own block of its own view, and the clean blocks before it. A clean query sees the
     clean blocks up to its own, or with `clean` "causal" the clean positions up to its own. Nothing clean sees
     anything noisy (paper, section 3). With `documents` (B, L), numbers that differ between the documents of a
@@ -1394,7 +1396,8 @@ class DraftTrainer(Trainer):
 
     def batch(self, corpus: Corpus, rows: list[list[Piece]], step: int, seed: int) -> tuple:
         """This process's share of a step: documents, anchors (B, G), targets (B, G, w), other tokens."""
-        mine = rows[rank() :: world_size()]
+        share = len(rows) // world_size()  # in the documents' order: then each process meets fewer of them
+        mine = sorted(rows)[rank() * share : (rank() + 1) * share]
         documents = [row[0][0] for row in mine]
         anchors = torch.tensor([[start - 1 for _, start, _ in row] for row in mine], device=self.device)
         tokens = (self.known.tokens(document) for document in documents)
