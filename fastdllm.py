@@ -303,7 +303,7 @@ class Qwen2(nn.Module):
 #   sub-block    rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr      w written and read, r only read
 # commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      last row: first token of the next block
 
-PIECE = 512  # positions of a prompt that run at once: a mask's memory is quadratic in them
+PIECE = 512  # positions that run at once, of a longer prompt too: a mask's memory is quadratic in them
 
 
 def window_pass(
@@ -540,9 +540,8 @@ class Decoding:
             size = sub = 1
         if sub == Decoding.sub_block_size:
             sub = min(sub, size)  # only the default shrinks: a size that somebody chose must fit
-        most, width = config.max_position_embeddings, self.draft_width or 1
+        most = config.max_position_embeddings
         require(size <= most, f"block_size is {size}, the model has {most} positions; take a smaller one.")
-        require(width <= most, f"draft_width is {width}, the model has {most} positions; take a smaller one.")
         fits = size % sub == 0
         require(fits, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
         adapted = "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works."
@@ -550,10 +549,9 @@ class Decoding:
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
         width = self.draft_width or config.draft_width or max(1, config.block_size // 2)
         found = replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
-        wide = (
-            f"draft_ahead makes passes of {widest(found)} tokens of draft_width {width}; take a smaller one."
-        )
-        require(widest(found) <= most, wide)
+        room = min(most, PIECE)
+        wide = f"draft_width {width} needs passes of {widest(found)} tokens, more than {room}"
+        require(not self.verify or widest(found) <= room, f"{wide}; take a smaller one.")
         return found
 
 

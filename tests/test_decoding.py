@@ -211,9 +211,12 @@ def test_the_default_sub_block_shrinks_to_small_blocks_and_a_chosen_one_must_div
             generate(golden_models["untied"], [[1, 2, 3]], Decoding(size, sub))
 
 
-@pytest.mark.parametrize("knobs", [{"block_size": 10**6}, {"verify": True, "draft_width": 10**6}])
-def test_blocks_and_drafts_beyond_the_models_positions_are_refused(golden_models, knobs):
-    with pytest.raises(InputError, match="is 1000000, the model has 1024 positions"):
+@pytest.mark.parametrize("knobs, words", [
+    ({"block_size": 10**6}, "is 1000000, the model has 1024 positions"),
+    ({"verify": True, "draft_width": 10**6}, "draft_width 1000000 needs passes of 1000001 tokens, more than 512"),
+])  # fmt: skip
+def test_blocks_and_drafts_beyond_what_a_pass_holds_are_refused(golden_models, knobs, words):
+    with pytest.raises(InputError, match=words):
         decode(golden_models["untied"], [[1, 2]], Decoding(**knobs))
 
 
