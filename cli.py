@@ -205,8 +205,10 @@ model_options = several(
     model_option("--adapter", help="Draft adapter over the model: folder or Hub id."),
     model_option("--device", default="auto", help="auto, cpu, cuda or mps."),
     model_option("--dtype", default="auto", help="auto (the files'), float32, bfloat16 or float16."),
-    model_option("--prepack/--no-prepack", "packed", default=True, help="CPU: oneDNN's weight order."),
-    model_option("--record/--no-record", default=True, help="CUDA: replay recorded passes."),
+    model_option(
+        "--prepack/--no-prepack", "packed", default=True, help="CPU: weights in oneDNN's order, faster."
+    ),
+    model_option("--record/--no-record", default=True, help="CUDA: replay passes as CUDA graphs."),
 )
 
 
@@ -418,7 +420,8 @@ def generate(
 ):  # fmt: skip
     """Answer PROMPT, or what is piped in, or a sample problem.
 
-    Answers to --input have the form that `train.py draft` learns from, where --block-size is 1.
+    `torchrun --nproc-per-node N cli.py generate --input FILE --output FILE` shares the prompts out among N
+    devices. With --block-size 1 the output file serves as --data of `train.py draft`.
     """
     given = sum(value is not None for value in (prompt, prompt_ids, source))
     require(given < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
@@ -771,7 +774,8 @@ def evaluate(
     set.
 
     The answer is the last \\boxed{}, else what follows the last ####, else the last number. With --output, a
-    run that was broken off goes on where it stopped.
+    run that was broken off goes on where it stopped, and `torchrun --nproc-per-node N cli.py eval ...` shares
+    the problems out among N devices.
     """
     decoding = Decoding(**knobs)
     if target:

@@ -43,12 +43,11 @@ class PrepackedLinear(Linear):
 
     SMALL_WEIGHT, FEW_ROWS = 2**18, 16
 
-    def __init__(self, linear: Linear, tied: bool = False):
-        """With `tied` the weight keeps its order, which the embedding needs; only the product is oneDNN's."""
+    def __init__(self, linear: Linear):
         nn.Module.__init__(self)
         weight = linear.weight.detach()
         self.plain = weight if weight.numel() < self.SMALL_WEIGHT else None
-        self.packed = weight if tied else torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW_ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW_ROWS)
         self.bias = linear.bias
         # the class attribute would hide a registered module, and the adapter is no part of the state dict
         object.__setattr__(self, "adapter", linear.adapter)
@@ -62,9 +61,10 @@ class PrepackedLinear(Linear):
 def prepack(model: Qwen2) -> Qwen2:
     """The model, in place, ready to decode faster on a CPU: its linear layers as `PrepackedLinear`.
 
-    It can no longer be trained, saved, copied, moved, or run under autocast. In float32 sums run in another
-    order; in bfloat16 every product that was compared was the same to the bit. Where oneDNN or the dtype is
-    missing, or on another device, the model comes back unchanged.
+    A tied head takes memory of its own, since the embedding keeps the plain order. The model can no longer be
+    trained, saved, copied, moved, or run under autocast. In float32 sums run in another order; in bfloat16
+    every product that was compared was the same to the bit. Where oneDNN or the dtype is missing, or on
+    another device, the model comes back unchanged.
     """
     if model.weight.device.type != "cpu" or model.prepacked:
         return model
@@ -75,10 +75,7 @@ def prepack(model: Qwen2) -> Qwen2:
         return model
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name in [name for name, child in parent.named_children() if isinstance(child, Linear)]:
-            tied = parent is model and model.config.tie_word_embeddings
-            setattr(
-                parent, name, PrepackedLinear(getattr(parent, name), tied)
-            )  # and the plain weight is let go
+            setattr(parent, name, PrepackedLinear(getattr(parent, name)))  # and the plain weight is let go
     model.prepacked = True
     return model.requires_grad_(False)
 
@@ -179,6 +176,7 @@ class RecordedPasses:
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
         options = decoding.block_size, decoding.temperature, decoding.top_p, decoding.runner_up
+        options += (decoding.draft_width,)
         key = (B, T, N, seen, first_rows, has_masks, *options)
         recorded = self.passes.pop(key, None)
         if recorded is None:

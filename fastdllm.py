@@ -98,7 +98,7 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
 def attention_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """A bool mask (B or 1, T or 1, S) as numbers to add: 0 where a key is seen, else minus infinity.
 
-    Returns (B or 1, 1, groups * T or 1, S): the query heads of a group are further rows of one product.
+    Returns (B or 1, 1, groups * T or 1, S): query heads of a group are rows of one product, and see the same.
     """
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)[:, None]
     return bias if mask.shape[1] == 1 else bias.repeat(1, 1, groups, 1)
@@ -125,7 +125,8 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every position of every row, allocated once and written in place.
 
-    Each position has one slot, which every pass over it overwrites. The block cache (paper, section 4) is the
+    A position has the slot of the same number, which every pass over it overwrites. Only a draft's masks may
+    lie elsewhere, see `draft_layout`. The block cache (paper, section 4) is the
     slots of finished blocks; DualCache's sub-block cache is those of the block in work.
     """
 
@@ -299,9 +300,10 @@ class Qwen2(nn.Module):
 #
 #                earlier blocks   block in work
 # prefill        wwwwwwwwwwwwww
-# denoise        rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww
-#   sub-block    rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr      w written and read, r only read
-# commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      last row: first token of the next block
+# full, refresh  rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      w written and read, r only read
+# sub            rrrrrrrrrrrrrr   rrrrwwwwrrrrrrrr
+# commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      its last output: first token of the next block
+# fused          rrrrrrrrrrrrrr   wwwwwwwwwwwwwwwwwwwwwwwwwwwwwwww      a commit, and the next block
 
 PIECE = 512  # positions that run at once, of a longer prompt too: a mask's memory is quadratic in them
 
@@ -338,20 +340,26 @@ def draft_layout(
 ) -> tuple[Tensor, Tensor]:
     """Positions (B, T) of windows with drafts, and which slots (S) each query sees, (B, T, S).
 
-    A window (B, T), in the slots from `starts` (B, 1) on, is the last known token, k >= 0 drafts, and groups
-    of `width` masks. Group j goes on from draft j, group 0 from the known token: its masks stand at the next
-    positions, and see all up to that token, and each other. Tokens are causal. They do not see the masks.
+    A window (B, T), in the slots from `starts` (B, 1) on, is the last known token, its drafts, and for each
+    of these tokens a group of `width` masks at the positions after it. With one draft and width 2:
+
+        window       known  draft   mask   mask    mask   mask
+        slot           p     p+1    p+2    p+3     p+4    p+5
+        position       p     p+1    p+1    p+2     p+2    p+3
+        sees         ..known ..draft  ..known, group   ..draft, group
+
+    Tokens are causal and see no mask. Without drafts there is one group, whose slots are its positions.
     """
     B, T = tokens.shape
     index, is_mask = torch.arange(T, device=tokens.device), tokens == mask_id
     first = torch.where(is_mask.any(1), is_mask.int().argmax(1), T)[:, None]  # the masks' first place
     group, place = (index - first) // width, (index - first) % width
-    sees = torch.where(is_mask, group, index)  # the last token that a query sees
-    positions = starts + sees + torch.where(is_mask, place + 1, 0)
+    last = torch.where(is_mask, group, index)  # place in the window of the last token that a query sees
+    positions = starts + last + torch.where(is_mask, place + 1, 0)
     at = (slots - starts)[:, None]  # each slot's place in the window, (B, 1, S)
     begin = (first + group * width)[..., None]  # of a mask's own group
     own = is_mask[..., None] & (at >= begin) & (at < begin + width) & (at < T)
-    return positions, (at <= sees[..., None]) | own
+    return positions, (at <= last[..., None]) | own
 
 
 def run_window(
@@ -390,8 +398,10 @@ def run_window(
     keys, mask = torch.arange(seen, device=tokens.device), None
     if draft_width:
         positions, mask = draft_layout(tokens, first, keys, model.config.mask_token_id, draft_width)
-    elif not (one_block and same_place):  # else a window sees all that is there and needs no mask
-        mask = block_causal_mask(places[:, -1:] if one_block else places, keys, block_size)
+    elif not one_block:
+        mask = block_causal_mask(places, keys, block_size)
+    elif not same_place:  # all queries of a row see the same; in rows of one place that is all there is
+        mask = block_causal_mask(places[:, -1:], keys, block_size)
     if rows == list(range(rows[0], rows[0] + B)):  # slices need no index tensors and read without a copy
         read = slice(rows[0], rows[0] + B)
         write = (read, slice(starts[0], starts[0] + T)) if same_place else None
@@ -481,11 +491,17 @@ class Decoding:
     stop_token_ids: tuple[int, ...] | None = None  # None: the checkpoint's; (): none
     seed: int | None = knob(None, "Makes sampling repeatable.", int, 0, 2**63 - 1)
     batch_size: int = knob(16, "Prompts decoded at the same time.", int, 1)
-    tokens_per_pass: int | None = knob(None, "Keep so many guesses per pass, at any threshold.", int, 1)
+    tokens_per_pass: int | None = knob(
+        None, "Keep exactly so many guesses per pass, instead of a threshold.", int, 1
+    )
     fuse_commit: bool = knob(False, "Commit a block in one pass with the next one's first.")
     runner_up: bool = False  # also record the second-best token of each guess
-    accept: str = knob("threshold", "Keep all guesses above the threshold, or a prefix.", choices=ACCEPTS)
-    verify: bool = knob(False, "Lossless: keep guesses only where the model's own AR reading agrees.")
+    accept: str = knob(
+        "threshold",
+        "Keep all guesses above the threshold, or those before the first one below it.",
+        choices=ACCEPTS,
+    )
+    verify: bool = knob(False, "Lossless: keep a guess only if AR decoding would choose it.")
     draft_width: int | None = knob(
         None, "Masks of a draft  [default: the adapter's, or half a block]", int, 1
     )
@@ -508,7 +524,7 @@ class Decoding:
                 )
             else:
                 ok, must = type(value) is bool, "be True or False"
-            require(ok or value is default is None, f"{name} is {value!r}, it must {must}.")
+            require(ok or (value is None and default is None), f"{name} is {value!r}, it must {must}.")
         tiny = 0 < self.temperature < 1e-4  # logits divided by it would overflow
         require(not tiny, f"temperature is {self.temperature}, it must be 0 or at least 0.0001.")
         stop = self.stop_token_ids
@@ -583,7 +599,7 @@ class Pass:
 
     @property
     def stop(self) -> int:
-        """The first position after the window. A window of drafts predicts up to there."""
+        """The first position after the window, which counts slots; a draft's last mask predicts this one."""
         drafts = self.kind in ("draft", "verify")
         return self.guessed[-1] if drafts else self.start + len(self.tokens)
 
@@ -607,7 +623,7 @@ class Row:
         self.tokens, self.final, self.prompt_length = list(prompt), len(prompt), len(prompt)
         self.limit, self.finish_reason = len(prompt) + decoding.max_new_tokens, None
         # The block of the prompt's last token always runs, since its last output may predict the first new
-        # token. The blocks before it count as committed where they are in the cache, or where there is none.
+        # token. Earlier blocks count as committed if they are in the cache, or if nothing is cached at all.
         before = (len(prompt) - 1) // decoding.block_size * decoding.block_size
         self.committed = before if decoding.cache == "none" else min(cached, before)
         self.block_cached = False
@@ -640,8 +656,8 @@ class Row:
         guessed = [i for i in range(low, low + sub) if self.tokens[i] == self.mask]
 
         # 3. DualCache runs the sub-block alone; the rest of its block is read from the cache, as the last
-        # refresh wrote it. Output low - 1, which predicts position low, is then not computed. So while
-        # position low is a mask, and while the block has no cache, the whole block runs.
+        # refresh wrote it. Such a pass has no output low - 1, which predicts position low. So it needs a
+        # known token there, and a block whose slots were all written; else the whole block runs.
         if self.block_cached and self.tokens[low] != self.mask:
             return self.plan("sub", low, low + sub, guessed, self.committed)
         return self.plan("refresh" if cache == "dual" else "full", start, end, guessed, self.committed)
@@ -650,8 +666,10 @@ class Row:
         """Accept guesses (token, confidence, runner-up) for `pass_.guessed` and complete the pass."""
         commits = pass_.committed > self.committed
         self.committed = pass_.committed
-        if commits or pass_.kind == "refresh":  # a fused pass has written the next block's slots too
-            self.block_cached = self.decoding.cache == "dual" and pass_.kind in ("refresh", "fused")
+        if commits:  # the next block begins, whose slots only a fused pass has written
+            self.block_cached = self.decoding.cache == "dual" and pass_.kind == "fused"
+        elif pass_.kind == "refresh":
+            self.block_cached = True
         if guesses:
             confidence = [c for _, c, _ in guesses]
             if commits:
@@ -700,8 +718,8 @@ class VerifiedRow(Row):
     Everything is read with block size 1. A cycle is a draft pass, then a verify pass. The draft pass adds
     AR's next token; the verify pass adds the drafts that AR agrees with, then AR's next token. Where no draft
     is worth it, the verify pass is left out. With `draft_ahead` a verify pass also drafts what follows, for
-    every number of drafts that it may keep, and the next verify pass comes at once. Between passes the last
-    known token is not committed yet.
+    every number of drafts that it may keep, and the next verify pass comes at once. After the prefill all but
+    the last known token is committed.
     """
 
     def __init__(self, *given, **more):
@@ -719,14 +737,19 @@ class VerifiedRow(Row):
         # drafts the position after it (token shift). Masks whose drafts could not be kept are left out.
         # 2. Verify: the last known token, then the drafts, all causal: the outputs are AR's predictions.
         # 3. Draft ahead: behind the drafts, a group of masks for each token that may be the last one kept.
+        kind = "verify" if self.drafts else "draft"
+        if kind == "draft":  # it adds a token, and so does its verification: no room for more drafts
+            masks = min(width, max(0, room - 2))
+        else:
+            masks = width if self.decoding.draft_ahead else 0
         self.drafts = self.drafts[: room - 1]
-        masks = min(width, max(0, room - 2)) if not self.drafts else width * self.decoding.draft_ahead
         window = [self.tokens[start], *(draft.token for draft in self.drafts)]
-        ends = range(self.final, self.final + len(window))  # the position after each token of the window
-        guessed = [*ends, *(end + i for end in ends for i in range(1, masks + 1))]
+        # Each token of the window predicts the position after it. The masks of its group stand there and at
+        # the next ones, and predict one position more.
+        after = range(self.final, self.final + len(window))
+        guessed = [*after, *(position + i for position in after for i in range(1, masks + 1))]
         draws = self.draw(guessed) if self.decoding.temperature else torch.empty(0)
         tokens = window + [self.mask] * (masks * len(window))
-        kind = "verify" if self.drafts else "draft"
         return Pass(kind, start, tokens, guessed, range(len(tokens)), draws, self.final, self.index)
 
     def take(self, pass_: Pass, guesses: list[tuple]) -> None:
@@ -736,9 +759,10 @@ class VerifiedRow(Row):
         kept = [*agree, False].index(False)  # a draft pass has none to compare
         pass_.revealed, pass_.refused = found[: kept + 1], self.drafts[kept:]
         self.committed = pass_.committed = pass_.committed + kept
-        ahead = found[len(agree) + 1 :]  # groups of equal size, one for each number of kept drafts
-        masks = len(ahead) // (len(agree) + 1)
-        self.drafts = self.promising(ahead[masks * kept : masks * (kept + 1)])
+        # one group of drafts for each number of drafts that the pass might keep: take the one that came true
+        tokens = len(agree) + 1
+        masks = len(found) // tokens - 1  # of a group
+        self.drafts = self.promising(found[tokens + masks * kept :][:masks])
         self.finish(pass_)
 
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
@@ -752,7 +776,7 @@ class VerifiedRow(Row):
         return found
 
     def draw(self, guessed: list[int]) -> Tensor:
-        """AR draws one number per position; here a position gets its number in every pass."""
+        """The numbers that AR draws for these positions, the same in every pass: so samples are AR's too."""
         while len(self.numbers) <= max(guessed) - self.prompt_length:
             self.numbers += torch.rand(1, generator=self.generator).tolist()
         return torch.tensor([self.numbers[i - self.prompt_length] for i in guessed])
@@ -876,13 +900,15 @@ def decode_rows(
                 yield pass_
                 row.finish_reason = pass_.finish_reason  # a caller may set it, to end this row alone
             # 4. the next prompts take the places of finished rows; without any, the last row moves there
-            for place in reversed(group):
+            for place in reversed(group):  # from the back: the row that moves has not finished
                 if rows[place].finish_reason:
-                    row, last = admit(place), len(rows) - 1
-                    if not row and place < last:
-                        cache.move(last, place)
-                    rows[place] = row or rows[last]
-                    del rows[last + bool(row) :]
+                    row = admit(place)
+                    if not row:
+                        row = rows.pop()
+                        if place == len(rows):  # it was the last one itself
+                            continue
+                        cache.move(len(rows), place)
+                    rows[place] = row
     finally:  # also where the caller breaks off
         if recorded:
             recorded.release()
@@ -891,8 +917,8 @@ def decode_rows(
 def shared_width(pass_: Pass, decoding: Decoding) -> tuple[bool, int]:
     """Passes that agree in this can run as one: whether it is a prefill, and its width after padding.
 
-    Prefills are padded to 64 positions, and passes that verify to the widest of them, so that more rows
-    share them.
+    Prefills of nearly the same length share a pass, and so do passes that verify any number of drafts; the
+    shorter ones are padded to the longest of them.
     """
     if pass_.kind == "prefill":
         return True, round_up(len(pass_.tokens), 64)
@@ -911,7 +937,8 @@ def run_passes(
     """Run passes of one `shared_width` as one forward pass; pass i belongs to row `slots[i]` of the cache.
 
     Returns the guesses (token, confidence, runner-up) of each pass. Shorter windows are padded on the right.
-    Their own tokens never attend to padding, and its slots are overwritten before they are read.
+    Their own tokens never attend to padding: only prefills and verifications are padded, whose windows end
+    with a whole block. Padding's slots are overwritten before they are read.
     """
     width = max(len(pass_.tokens) for pass_ in passes)
     outputs = [n * width + place for n, pass_ in enumerate(passes) for place in pass_.outputs]
@@ -933,9 +960,10 @@ def run_passes(
             model, hidden.flatten(0, 1)[torch.tensor(outputs, device=device)], draws, decoding
         )
     table = found.tolist()  # the pass's one transfer back
-    finite = all(row[1] == row[1] for row in table)
-    require(finite, "The model's output is NaN; in float16 it may overflow, then bfloat16 or float32 works.")
-    guesses = iter([(int(t), c, (int(other[0]), other[1]) if other else None) for t, c, *other in table])
+    nan = any(math.isnan(confidence) for _, confidence, *_ in table)
+    require(not nan, "The model's output is NaN; in float16 it may overflow, then bfloat16 or float32 works.")
+    pair = lambda token, confidence: (int(token), confidence)
+    guesses = iter([(*pair(*row[:2]), pair(*row[2:]) if row[2:] else None) for row in table])
     return [[next(guesses) for _ in pass_.guessed] for pass_ in passes]
 
 
@@ -1104,10 +1132,11 @@ def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
         got = encoder.token_to_id(token.content)  # the library numbers tokens itself and ignores listed ids
         what = f"added token {token.content!r:.100}"
         require(got == i, f"{folder}: {what} is listed as id {i} but becomes {got}.")
-    # a chat template differs from plain ChatML only in its default system message
+    # chats are ChatML: of a chat template only the default system message is used
     template = str(settings.get("chat_template") or files.get("chat_template.jinja", b"").decode())
     match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{<']+)<\|im_end\|>", template)
-    system = match[1] if match else None if template else "You are a helpful assistant."
+    system = None if template else "You are a helpful assistant."
+    system = match[1] if match else system
     return Tokenizer(encoder, system, files)
 
 
@@ -1382,18 +1411,23 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LowRank(nn.Module):
-    """(alpha / r) B A x: the adapter's part of a linear layer; A is (r, in), B (out, r)."""
+    """(alpha / r) B A x: the adapter's part of a linear layer; A is (r, in), B (out, r).
+
+    On CPUs it is float32, where so small a product is several times as fast as in bfloat16.
+    """
 
     def __init__(self, linear: Linear, r: int, scale: float):
         super().__init__()
         out_size, in_size = linear.weight.shape
-        self.A = nn.Parameter(linear.weight.new_zeros(r, in_size))
-        self.B = nn.Parameter(linear.weight.new_zeros(out_size, r))
+        on_cpu = linear.weight.device.type == "cpu"
+        zeros = partial(linear.weight.new_zeros, dtype=torch.float32 if on_cpu else None)
+        self.A, self.B = nn.Parameter(zeros((r, in_size))), nn.Parameter(zeros((out_size, r)))
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)  # a training keeps them in float32
-        return F.linear(F.linear(x, A) * self.scale, B)
+        dtype = torch.float32 if x.device.type == "cpu" else x.dtype  # a training on CUDA keeps float32
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        return F.linear(F.linear(x.to(dtype), A) * self.scale, B).to(x.dtype)
 
 
 def names_of(layer: str) -> list[str]:
@@ -1417,6 +1451,7 @@ def add_adapter(model: Qwen2, r: int, alpha: float) -> None:
     largest = min(min(layer.weight.shape) for layer in layers)
     require(1 <= r <= largest, f"The adapter's r is {r}, this model's layers allow 1 to {largest}.")
     for layer in layers:
+        # not registered as a submodule, so that it stays out of the state dict
         object.__setattr__(layer, "adapter", LowRank(layer, r, alpha / r))
     model.mask_row = model.weight.new_zeros(model.config.hidden_size)
 

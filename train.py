@@ -1208,17 +1208,17 @@ class Drafting:
     rank: int = setting(14, "Rank of the adapter.", low=1)
     alpha: float = setting(28.0, "The adapter's products are multiplied by alpha / rank.")
     near: float = setting(0.9, "Weight of a draft's loss, relative to the draft before it.")
-    others: int = setting(4096, "Tokens a step's loss samples of those that the data never uses.")
+    others: int = setting(4096, "Tokens absent from the data that each step samples as negatives.")
     int8: bool = setting(True, "On CPUs, round the frozen weights' products at masks: several times as fast.")
     lr: float = setting(1.5e-3, "Peak learning rate of AdamW; it falls linearly to 0.")
     warmup: int = setting(50, "Steps of linear warm-up.")
     clip: float = setting(1.0, "Largest gradient norm.")
-    seed: int = setting(0, "Of weights, order and samples.")
-    cache_gb: float = setting(4.0, "Memory for keys and values of known tokens, which else run anew.")
+    seed: int = setting(0, "Seed of weights, order and samples.")
+    cache_gb: float = setting(4.0, "GB for keys and values of known tokens, which are else computed again.")
     save_every: int = setting(50, "Steps between checkpoints.", low=1)
     keep: int = setting(2, "Checkpoints that stay.", low=1)
     eval_every: int = setting(100, "Steps between looks at held-out data.", low=1)
-    eval_rows: int = setting(24, "Documents of it.", low=1)
+    eval_rows: int = setting(24, "Held-out documents per look.", low=1)
 
     def __post_init__(self):
         check_numbers(self)
@@ -1492,7 +1492,7 @@ def take_preset(context: click.Context, _, name: str | None) -> None:
 
 run_options = several(
     click.option("--model", "folder", required=True, type=FOLDER, help="Checkpoint to start from."),
-    click.option("--data", required=True, type=FILE, help="JSONL, or a folder of it tokenised."),
+    click.option("--data", required=True, type=FILE, help="JSONL, or a folder of tokenised data."),
     click.option("--out", required=True, type=FOLDER, help="Folder of the result, checkpoints, metrics."),
     click.option("--heldout", type=FILE, help="Data to measure on, never to train on."),
     click.option(
@@ -1514,7 +1514,7 @@ preset_option = click.option(
 )
 model_options = several(
     click.option("--from-scratch", is_flag=True, help="Random weights; --model gives config and tokenizer."),
-    click.option("--save-dtype", type=DTYPE_NAMES, default="float32", help="Of the result's file."),
+    click.option("--save-dtype", type=DTYPE_NAMES, default="float32", help="dtype of the result's file."),
 )
 block_option = click.option(
     "--block-size", type=click.IntRange(1, 10**6), help="[default: the checkpoint's, or 32]"
@@ -1618,7 +1618,9 @@ def adapt(**given):
 @options(Drafting, *(f.name for f in fields(Drafting)))
 @click.option("--adapter", help="Go on from this adapter, with its rank and alpha  [default: a new one]")
 @click.option("--base", help="The base's name in the adapter's config  [default: --model]")
-@click.option("--dtype", type=DTYPE_NAMES, help="Of the base  [default: float32 on CPUs, else its own]")
+@click.option(
+    "--dtype", type=DTYPE_NAMES, help="Of the base's weights  [default: float32 on CPUs, else its own]"
+)
 @reports_mistakes
 def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, device, threads, **how):
     """Teach a frozen model to draft for --verify: an adapter, on at masks only.

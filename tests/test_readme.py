@@ -52,7 +52,8 @@ def test_every_flag_and_command_in_running_text_exists():
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     commands = [*cli.cli.commands.values(), *train.main.commands.values()]
     options = [option for command in commands for option in command.params]
-    known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)} | {"--check"}
+    known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
+    known |= {"--check", "--nnodes", "--nproc-per-node"}  # of ruff and torchrun
     for code in re.findall(r"`([^`\n]+)`", text):
         own = options_of(code.removeprefix("python ")) if code.startswith("python benchmarks/") else known
         for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
