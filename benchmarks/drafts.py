@@ -22,6 +22,8 @@ import cli  # noqa: E402
 from fast import prepack  # noqa: E402
 from fastdllm import Decoding, generate, load  # noqa: E402
 
+WIDTHS = cli.numbers(int, 1, 99)
+
 
 def answer(model, prompt: list[int], decoding: Decoding) -> dict:
     began = time.perf_counter()
@@ -33,7 +35,7 @@ def answer(model, prompt: list[int], decoding: Decoding) -> dict:
 def summary(lines: list[dict]) -> str:
     """Per set of prompts and way: tokens per forward, tokens/s, times AR, share of answers that are AR's."""
     heads = f"{'tokens/forward':>14} {'tokens/s':>9} {'x AR':>5} {'as AR':>8}"
-    rows = [f"{'set':<10} {'way':<26} {heads}"]
+    rows = [f"{'set':<10} {'way':<33} {heads}"]
     for name in dict.fromkeys(line["set"] for line in lines):
         part = [line["ways"] for line in lines if line["set"] == name]
         rates = {}
@@ -44,7 +46,7 @@ def summary(lines: list[dict]) -> str:
             per_forward = tokens / sum(run["forward_passes"] for run in runs)
             same = sum(ways[way]["tokens"] == ways[ar]["tokens"] for ways in part)
             cells = f"{per_forward:>14.2f} {rates[way]:>9.1f} {rates[way] / rates[ar]:>5.2f}"
-            rows.append(f"{name:<10} {way:<26} {cells} {same:>3} of {len(part)}")
+            rows.append(f"{name:<10} {way:<33} {cells} {same:>3} of {len(part)}")
     return "\n".join(rows)
 
 
@@ -53,14 +55,20 @@ def summary(lines: list[dict]) -> str:
 @click.option("--adapter", required=True, help="Folder or Hub id.")
 @click.option("--prompts", required=True, type=click.Path(exists=True), help="JSONL with `set` and `prompt`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSONL of the results.")
+@click.option("--widths", default="5", show_default=True, help="Masks of a draft.", callback=WIDTHS)
 @click.option(
-    "--widths", default="8", show_default=True, help="Masks of a draft.", callback=cli.numbers(int, 1, 99)
+    "--ahead", default="3", show_default=True, help="The same, with --draft-ahead.", callback=WIDTHS
 )
 @click.option("--dtypes", default="float32,bfloat16", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True)
 @click.option("--summary", "only_summary", is_flag=True, help="Print the table only.")
 @cli.reports_mistakes
-def main(model, adapter, prompts, out, widths, dtypes, max_new_tokens, only_summary):
+def main(model, adapter, prompts, out, widths, ahead, dtypes, max_new_tokens, only_summary):
+    decodings = {"AR": Decoding(block_size=1, max_new_tokens=max_new_tokens)}
+    for width, too in [*((w, False) for w in widths or []), *((w, True) for w in ahead or [])]:
+        decodings[f"verify, width {width}" + ", ahead" * too] = Decoding(
+            verify=True, draft_width=width, draft_ahead=too, max_new_tokens=max_new_tokens
+        )
     done = [json.loads(line) for line in out.read_text().splitlines()[1:]] if out.exists() else []
     if not only_summary:
         networks = {}
@@ -73,13 +81,11 @@ def main(model, adapter, prompts, out, widths, dtypes, max_new_tokens, only_summ
                 file.write(json.dumps(cli.environment()) + "\n")
             for record in records[len(done) :]:
                 prompt = tokenizer.chat([{"role": "user", "content": record["prompt"]}])
-                ways = {}
-                for dtype, network in networks.items():
-                    ar = Decoding(block_size=1, max_new_tokens=max_new_tokens)
-                    ways[f"{dtype} AR"] = answer(network, prompt, ar)
-                    for width in widths:
-                        verify = Decoding(verify=True, draft_width=width, max_new_tokens=max_new_tokens)
-                        ways[f"{dtype} verify, width {width}"] = answer(network, prompt, verify)
+                ways = {
+                    f"{dtype} {name}": answer(network, prompt, decoding)
+                    for dtype, network in networks.items()
+                    for name, decoding in decodings.items()
+                }
                 done.append({"set": record["set"], "id": record.get("id"), "ways": ways})
                 file.write(json.dumps(done[-1]) + "\n")
     click.echo(summary(done))
