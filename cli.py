@@ -153,13 +153,43 @@ class Grouped(click.Command):
 
 
 class GroupedOption(click.Option):
+    """Shows its default, unless its help says it in words."""
+
     def __init__(self, *given, group: str = "Other options", **more):
-        super().__init__(*given, **more)
+        default = more.get("default")
+        hidden = "[default" in more.get("help", "") or default is None or default is False or default == ""
+        super().__init__(*given, show_default=not hidden, **more)
         self.group = group
 
 
 def option(*flags: str, group: str = "Other options", **more) -> Callable:
     return click.option(*flags, cls=GroupedOption, group=group, **more)
+
+
+def numbers(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable:
+    """Parses an option's comma-separated list of numbers in [low, high]; None stays None."""
+
+    def parse(context, parameter, text):
+        try:
+            found = text and [kind(part) for part in text.split(",")]
+            if all(low <= number <= high for number in found or []):
+                return found
+        except ValueError:
+            pass
+        raise OneSentence(
+            f"--{parameter.name.replace('_', '-')} is {text!r:.80}; "
+            f"give numbers from {low:g} to {high:g} with commas."
+        )
+
+    return parse
+
+
+def count_option(flag: str, low: int = 1, high: int = 10**6, **more) -> Callable:
+    """An option for one whole number in [low, high]."""
+    return option(flag, type=click.IntRange(low, high), **more)
+
+
+counts = numbers(int, 1, 10**6)
 
 
 def options(cls, *names: str, group: str = "Other options", **overrides: dict) -> Callable:
@@ -179,11 +209,7 @@ def options(cls, *names: str, group: str = "Other options", **overrides: dict) -
                 more = {"type": click.Choice(rule["choices"])}
             if type(field.default) is bool:
                 flag += f"/--no-{flag[2:]}"
-            more |= {
-                "default": field.default,
-                "show_default": field.default is not None,
-                "help": rule["help"],
-            }
+            more |= {"default": field.default, "help": rule["help"]}
             command = option(flag, group=group, **more | overrides.get(name, {}))(command)
         return command
 
@@ -225,24 +251,6 @@ def open_model(
         avoid_cudnn_attention()
         recorded = RecordedPasses(network) if record else None
     return prepack(network) if packed else network, tokenizer, recorded
-
-
-def numbers(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable:
-    """Parses an option's comma-separated list of numbers in [low, high]; None stays None."""
-
-    def parse(context, parameter, text):
-        try:
-            found = text and [kind(part) for part in text.split(",")]
-            if all(low <= number <= high for number in found or []):
-                return found
-        except ValueError:
-            pass
-        raise OneSentence(
-            f"--{parameter.name.replace('_', '-')} is {text!r:.80}; "
-            f"give numbers from {low:g} to {high:g} with commas."
-        )
-
-    return parse
 
 
 # --- Prompts ---
@@ -405,13 +413,7 @@ def cli():
 @file_option("--output", "target", default="-", help="JSONL for the answers to --input  [default: stdout]")
 @file_option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @file_option("--watch", "live", is_flag=True, help="Draw the answer in a terminal as it is written.")
-@file_option(
-    "--delay",
-    type=click.FloatRange(0, 60),
-    default=0.15,
-    show_default=True,
-    help="Seconds per pass of --watch.",
-)
+@file_option("--delay", type=click.FloatRange(0, 60), default=0.15, help="Seconds per pass of --watch.")
 @file_option("--trace", help="Write a page that replays the passes, beside AR's, to this HTML file.")
 @reports_mistakes
 def generate(
@@ -745,9 +747,7 @@ def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
 @click.argument("problems", required=False)
 @model_options
 @decoding_options
-@option(
-    "--count", type=click.IntRange(1, MOST), help="Only the first problems  [default: all, or 1000 shipped]"
-)
+@count_option("--count", high=MOST, help="Only the first problems  [default: all, or 1000 shipped]")
 @option("--instruction", default="", help="Text after each question.")
 @option("--paper-prompt", is_flag=True, help=f"The paper's instruction for GSM8K: {PAPER_PROMPT}")
 @option(
@@ -828,19 +828,13 @@ def evaluate(
 @cli.command(cls=Grouped)
 @click.argument("problems", required=False)
 @model_options
-@option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", show_default=True, callback=numbers(float, 0, 1))
-@option("--block-sizes", help="[default: the checkpoint's]", callback=numbers(int, 1, 10**6))
-@option("--sub-block-sizes", default="8,32", show_default=True, callback=numbers(int, 1, 10**6))
-@option("--caches", default="block", show_default=True, callback=lambda c, p, text: text.split(","))
-@option("--count", type=click.IntRange(1, MOST), default=200, show_default=True, help="Problems.")
+@option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", callback=numbers(float, 0, 1))
+@option("--block-sizes", help="[default: the checkpoint's]", callback=counts)
+@option("--sub-block-sizes", default="8,32", callback=counts)
+@option("--caches", default="block", callback=lambda c, p, text: text.split(","))
+@count_option("--count", high=MOST, default=200, help="Problems.")
 @option("--instruction", default="", help="Text after each question.")
-@option(
-    "--max-drop",
-    type=click.FloatRange(0, 100),
-    default=1.0,
-    show_default=True,
-    help="Points below AR to accept.",
-)
+@option("--max-drop", type=click.FloatRange(0, 100), default=1.0, help="Points below AR to accept.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @options(Decoding, "batch_size", "max_new_tokens", batch_size={"default": 1})
 @reports_mistakes
@@ -948,52 +942,18 @@ def flags_of(row: dict) -> str:
 @cli.command(cls=Grouped)
 @model_options
 @option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
-@option("--layers", type=click.IntRange(1, 1000), help="Cut the shape to so many layers.")
-@option(
-    "--decoders",
-    default="ar,block,dual",
-    show_default=True,
-    help="Of ar, block, fused, dual, none, prefix, verify.",
-)
+@count_option("--layers", high=1000, help="Cut the shape to so many layers.")
+@option("--decoders", default="ar,block,dual", help="Of ar, block, fused, dual, none, prefix, verify.")
 @option("--thresholds", help="[default: 0.9]", callback=numbers(float, 0, 1))
-@option(
-    "--tokens-per-pass",
-    help="Instead of thresholds  [default: 3, of random weights]",
-    callback=numbers(int, 1, 10**6),
-)
-@option(
-    "--sub-block-sizes",
-    default=f"{Decoding.sub_block_size}",
-    show_default=True,
-    callback=numbers(int, 1, 10**6),
-)
-@option("--batch-sizes", default="1,4,16", show_default=True, callback=numbers(int, 1, 10**5))
-@option(
-    "--prompts",
-    type=click.IntRange(1, 10**6),
-    help="How many  [default: a batch; of problems 4, at least 16]",
-)
-@option(
-    "--prompt-tokens",
-    type=click.IntRange(1, 10**6),
-    help="Random prompts  [default: problems, or 1024 tokens]",
-)
-@option("--new-tokens", type=click.IntRange(2, 10**6), default=128, show_default=True, help="Longest answer.")
-@option(
-    "--rounds",
-    type=click.IntRange(1, 1000),
-    default=3,
-    show_default=True,
-    help="Interleaved; medians are shown.",
-)
-@option("--threads", type=click.IntRange(1, 1024), help="CPU threads  [default: torch's]")
-@option(
-    "--seed",
-    type=click.IntRange(0, 2**31),
-    default=0,
-    show_default=True,
-    help="Of random prompts and weights.",
-)
+@option("--tokens-per-pass", help="Instead of thresholds  [default: 3, of random weights]", callback=counts)
+@option("--sub-block-sizes", default=f"{Decoding.sub_block_size}", callback=counts)
+@option("--batch-sizes", default="1,4,16", callback=numbers(int, 1, 10**5))
+@count_option("--prompts", help="How many  [default: a batch; of problems 4, at least 16]")
+@count_option("--prompt-tokens", help="Random prompts  [default: problems, or 1024 tokens]")
+@count_option("--new-tokens", low=2, default=128, help="Longest answer.")
+@count_option("--rounds", high=1000, default=3, help="Interleaved; medians are shown.")
+@count_option("--threads", high=1024, help="CPU threads  [default: torch's]")
+@count_option("--seed", low=0, default=0, help="Of random prompts and weights.")
 @option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
 )
