@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ SAMPLE = (
     "Zoe has 5 bags with 7 cards in each. Then the cards double in number. Jack gives Zoe 14 more. She "
     "shares them equally among 6 friends. How many cards does each friend get?"
 )
-MOST = 10**5  # problems: of more, a slip of the finger is likelier
+MOST = 10**5  # a --count above this is taken for a typing error
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
@@ -81,7 +82,7 @@ class OneSentence(click.ClickException):
 
 
 def with_flags(sentence: str) -> str:
-    """A sentence with flags for the names of Decoding's fields; a name that is a plain word comes first."""
+    """Replace names of Decoding's fields by flags; one without an underscore only as the first word."""
     names = "|".join(rf"(?<![\w/.-]){name}\b" if "_" in name else rf"^{name}\b" for name in KNOBS)
     return re.sub(names, lambda found: "--" + found[0].replace("_", "-"), sentence)
 
@@ -100,10 +101,9 @@ def reports_mistakes(command: Callable) -> Callable:
                 raise
             place = "" if error.filename is None else f"{error.filename}: "
             raise OneSentence(f"{place}{error.strerror or error}.") from None
-        except (torch.OutOfMemoryError, MemoryError):
-            raise OneSentence("The memory is full; a smaller batch or shorter rows need less.") from None
-        except RuntimeError as error:
-            if "memory" not in str(error):  # torch's words for a CPU's memory
+        except (RuntimeError, MemoryError) as error:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not full and "allocate memory" not in str(error):  # torch's words for a CPU's memory
                 raise
             raise OneSentence("The memory is full; a smaller batch or shorter rows need less.") from None
         except KeyboardInterrupt:
@@ -113,7 +113,7 @@ def reports_mistakes(command: Callable) -> Callable:
 
 
 def require_writable(flag: str, path: str | Path) -> None:
-    """Refuse, before anything runs, a file without a folder, a device or a pipe."""
+    """Raises InputError, before anything runs, for a device or a pipe, and where there is no such folder."""
     folder = Path(path).absolute().parent
     require(folder.is_dir(), f"{flag} {path}: the folder {folder} does not exist.")
     regular = Path(path).is_file() or not Path(path).exists()
@@ -222,7 +222,13 @@ decoding_options = options(Decoding, *KNOBS, group="Decoding")
 
 def several(*decorators: Callable) -> Callable:
     """Several options as one decorator."""
-    return lambda command: [command := decorate(command) for decorate in reversed(decorators)][-1]
+
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
 model_option, file_option = partial(option, group="Model"), partial(option, group="Input and output")
@@ -288,7 +294,7 @@ def encode_prompt(
 def encode_prompts(
     records: dict[str, dict], tokenizer, decoding: Decoding, config: Config, **how
 ) -> list[list[int]]:
-    """Checked token ids of records, by their place ("": none), which a mistake names."""
+    """Checked token ids of each record; a mistake names the record's place, such as "FILE, line 3"."""
     prompts = []
     for place, record in records.items():
         try:
@@ -364,7 +370,7 @@ def environment() -> dict:
         processor = names[0] if names else processor
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     today = date.today().isoformat()
     return {
         "hardware": hardware,
@@ -471,6 +477,8 @@ def generate(
     if source is not None:
         header = header_of(model, adapter, network, decoding) if PROCESSES > 1 else {}
         records = list(records.values())
+        if raw or system is not None:  # so that a line says all of what was asked
+            records = [record | {"prompt_ids": ids} for record, ids in zip(records, prompts)]
         answer_file(network, tokenizer, records, prompts, decoding, recorded, target, header)
     else:
         answer_one(
@@ -487,7 +495,9 @@ def answer_one(
     """
     show = (lambda text: None) if as_json else lambda text: click.echo(text, nl=False)
     passes = []
-    if trace:  # the first pass after loading is slow, and the race would charge it to the first lane
+    if (
+        trace
+    ):  # the first pass after loading is slow: run one now, that the first of two answers not pay for it
         next(decode(model, [prompt], decoding, None, recorded))
     result = stream_answer(model, tokenizer, prompt, decoding, recorded, show, delay=delay, keep=passes)
     found = report(result, prompt, tokenizer) | rates([result], passes[-1][1])
@@ -521,7 +531,7 @@ def stream_answer(
 ) -> Result:
     """Decode one prompt, handing text to `show` as it becomes final; Ctrl-C ends it after the pass in work.
 
-    keep: takes each pass with the seconds of decoding up to its end; showing it takes none of them.
+    keep: a list that gets each pass with the seconds up to its end, of decoding only, not of display.
     delay: see `answer_one`.
     """
     result, keep = Result(), [] if keep is None else keep
@@ -586,7 +596,7 @@ def finished(
 
 
 def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
-    """Each result as soon as all before it are there."""
+    """Results in the order of their prompts, each as soon as possible."""
     waiting, given = {}, 0
     for index, result in results:
         waiting[index] = result
@@ -598,7 +608,7 @@ def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
 def answer_all(
     model, prompts: list[list[int]], decoding: Decoding, recorded, target: Path | None, header: dict, start=0
 ) -> Iterator[Result]:
-    """Results of the prompts from `start` on, in order; of several processes only the first yields them."""
+    """Results of `prompts[start:]`, in order. Of several processes only the first one yields them."""
     if PROCESSES == 1:
         yield from in_order(finished(model, prompts[start:], decoding, recorded, start))
         return
@@ -611,11 +621,11 @@ def answer_all(
 
     signal.signal(signal.SIGTERM, ended_by_torchrun)
     header = header | {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-    path = Path(f"{target}.rank-{RANK}")
+    path = part_of(target)
     with locked(path, f"{path}: another run is writing it; wait for it, or name another --output.") as file:
         there = read_parts(target, header)
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # cuts off half a line
-        write = lambda line: (file.write(json.dumps(line) + "\n"), file.flush())
+        write = lambda line: (file.write(json.dumps(line, ensure_ascii=False) + "\n"), file.flush())
         if not path.stat().st_size:
             write(header)
         # longest first, so that the processes end at about the same time
@@ -635,6 +645,11 @@ def answer_all(
     yield from (there[i] for i in range(start, len(prompts)))
     for part in parts_of(target):  # the caller has written everything by now
         part.unlink()
+
+
+def part_of(target: Path | str | None) -> Path:
+    """This process's part file."""
+    return Path(f"{target}.rank-{RANK}")
 
 
 def parts_of(target: Path) -> list[Path]:
@@ -708,6 +723,7 @@ def answer_file(
     """Decode many prompts; each answer is written with its record's fields."""
     results, began = [], time.perf_counter()
     place = None if target == "-" else Path(target)
+    resumed = part_of(target).exists()  # then nobody knows how long the answers took
     answers = answer_all(model, prompts, decoding, recorded, place, header)
     with (
         closing(answers),
@@ -719,7 +735,7 @@ def answer_file(
             file.flush()
     if RANK > 0:
         return
-    found = rates(results, time.perf_counter() - began)
+    found = rates(results, None if resumed else time.perf_counter() - began)
     tokens = sum(len(result.tokens) for result in results)
     click.echo(f"{len(results)} answers, " + summary_line(tokens, found), err=True)
     if len(results) < len(prompts):
@@ -804,6 +820,7 @@ def evaluate(
             write(header)
         verdicts = lines[1:]
         start = len(verdicts)
+        resumed = part_of(target).exists()  # then nobody knows how long the answers took
         answers = answer_all(network, prompts, decoding, recorded, target, header, start)
         for result, problem in zip(answers, problems[start:]):
             verdicts.append(verdict(problem, result, tokenizer))
@@ -813,7 +830,7 @@ def evaluate(
     tokens = sum(line["new_tokens"] for line in verdicts[start:])
     if verdicts:
         found = scores(verdicts) | {
-            "tokens_per_second": tokens / (time.perf_counter() - began) if tokens else None
+            "tokens_per_second": None if resumed or not tokens else tokens / (time.perf_counter() - began)
         }
         click.echo(json.dumps(found | asdict(decoding) | environment()) if as_json else score_line(found))
     if len(verdicts) < len(problems):
@@ -862,7 +879,12 @@ def sweep(
         if size > 1 and size % sub == 0:
             choices += [Decoding(size, sub, t, cache, **knobs).resolve(network.config) for t in thresholds]
         else:
-            click.echo(f"Note: sub-block size {sub} does not divide block size {size}; left out.", err=True)
+            why = (
+                f"sub-block size {sub} does not divide block size {size}"
+                if size > 1
+                else "block size 1 is AR"
+            )
+            click.echo(f"Note: {why}; left out.", err=True)
     require(len(choices) > 2, "No sub-block size divides a block size above 1; choose others.")
     prompts = encode_prompts(problems, tokenizer, choices[0], network.config)
     problems = list(problems.values())
@@ -933,7 +955,7 @@ def flags_of(row: dict) -> str:
     if row["block_size"] == 1:
         return "--block-size 1"
     flags = "--threshold {threshold:g} --block-size {block_size} --sub-block-size {sub_block_size}"
-    return f"{flags} --cache {{cache}}".format(**row)
+    return (flags + " --cache {cache}").format(**row)
 
 
 # --- bench and info ---
@@ -948,8 +970,10 @@ def flags_of(row: dict) -> str:
 @option("--tokens-per-pass", help="Instead of thresholds  [default: 3, of random weights]", callback=counts)
 @option("--sub-block-sizes", default=f"{Decoding.sub_block_size}", callback=counts)
 @option("--batch-sizes", default="1,4,16", callback=numbers(int, 1, 10**5))
-@count_option("--prompts", help="How many  [default: a batch; of problems 4, at least 16]")
-@count_option("--prompt-tokens", help="Random prompts  [default: problems, or 1024 tokens]")
+@count_option("--prompts", help="Number of prompts  [default: one batch; of problems 4, at least 16]")
+@count_option(
+    "--prompt-tokens", help="Tokens per random prompt  [default: problems; 1024 without a tokenizer]"
+)
 @count_option("--new-tokens", low=2, default=128, help="Longest answer.")
 @count_option("--rounds", high=1000, default=3, help="Interleaved; medians are shown.")
 @count_option("--threads", high=1024, help="CPU threads  [default: torch's]")
@@ -960,10 +984,8 @@ def flags_of(row: dict) -> str:
 @reports_mistakes
 def bench(**given):
     """Speed, memory and time of each pass: decoders x batch sizes, beside AR and the machine's limits."""
-    try:
-        from benchmarks.speed import bench
-    except ImportError:
-        raise InputError("bench needs benchmarks/speed.py beside cli.py; run it in the repository.") from None
+    from benchmarks.speed import bench
+
     bench(**given | {"decoders": given["decoders"].split(",")})
 
 
@@ -1129,12 +1151,9 @@ class Chat:
             return
         self.messages += [turn, {"role": "assistant", "content": self.tokenizer.decode(result.tokens)}]
         if result.finish_reason == "length":
-            why = (
-                "at the last position: /clear the conversation"
-                if decoding.max_new_tokens == room
-                else "early"
-            )
-            click.echo(f"(the answer ends {why})", err=True)
+            last = decoding.max_new_tokens == room
+            why = "the model has no more positions; /clear the conversation" if last else "--max-new-tokens"
+            click.echo(f"(the answer was cut: {why})", err=True)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ from fastdllm import (
 class PrepackedLinear(Linear):
     """A linear layer for inference on a CPU, with its weight in the order in which oneDNN's products read it.
 
-    A plain weight is brought into that order anew in every product, or read in a slower one. A weight of
-    fewer numbers than SMALL_WEIGHT stays in a core's cache, where a product of fewer rows than FEW_ROWS is
-    faster plain: such a weight is kept in both orders.
+    Otherwise oneDNN reorders the weight in every product, or uses a slower kernel. A weight with fewer
+    numbers than SMALL_WEIGHT fits in a core's cache. With fewer rows than FEW_ROWS its plain product is
+    faster, so it is kept in both orders.
     """
 
     SMALL_WEIGHT, FEW_ROWS = 2**18, 16
@@ -86,9 +86,9 @@ def prepack(model: Qwen2) -> Qwen2:
 def avoid_cudnn_attention() -> None:
     """Take cuDNN out of torch's choice of attention kernels, for the whole process.
 
-    On an H100 torch prefers it, and it plans each shape that is new to it for 55 ms to 1 s. The keys of an
-    eager pass become more with every block, so that `chat` and each prefill would pay that again and again. A
-    program calls this once; a library would surprise its caller.
+    On an H100 torch prefers cuDNN, which by its users' reports takes 55 ms to 1 s to plan each new shape.
+    Without recorded passes the number of keys grows with every block, so `chat` and prefills keep meeting new
+    shapes. The setting is global, so only programs call this, not libraries.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -102,10 +102,10 @@ class Recorded(NamedTuple):
 
 
 class RecordedPasses:
-    """Passes of static shape, recorded as CUDA graphs and replayed: for the host a copy and a launch.
+    """Passes of static shape, recorded as CUDA graphs. A replay costs the host one copy and one launch.
 
-    Make one per model and pass it to `decode` or `generate`; it keeps the cache and the graphs from call to
-    call. It serves one decoding at a time, so a service makes one per thread.
+    Make one object per model and thread, and pass it to `decode` or `generate`. It keeps the cache and the
+    graphs from call to call, and serves one decoding at a time.
 
     Why a replay is safe: a graph runs the same kernels on the same addresses. Everything that differs between
     two passes of a shape (tokens, positions, rows, wanted outputs, random numbers) is copied into input
@@ -140,11 +140,8 @@ class RecordedPasses:
             both = max(wanted[0], there[0]), max(wanted[1], there[1])
             far_more = both[0] * both[1] > 2 * max(wanted[0] * wanted[1], there[0] * there[1])
             size = wanted if far_more else both
-            self.passes, self.pool, self.cache = (
-                {},
-                None,
-                None,
-            )  # free the old cache before the new one is made
+            self.passes = {}
+            self.cache = self.pool = None  # free the old cache before the new one is made
             self.cache = KVCache(model.config, *size, model.weight)
             self.cache.clear(size[0] - 1)
         self.in_use = True
@@ -176,7 +173,7 @@ class RecordedPasses:
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
         options = decoding.block_size, decoding.temperature, decoding.top_p, decoding.runner_up
-        options += (decoding.draft_width,)
+        options += (decoding.verify, decoding.draft_width)
         key = (B, T, N, seen, first_rows, has_masks, *options)
         recorded = self.passes.pop(key, None)
         if recorded is None:
@@ -327,7 +324,8 @@ def sparse_mask(sees: Callable, rows: int | None, side: int, device: torch.devic
 # --- Int8 training ---
 # Where only an adapter trains, products with frozen weights may be rounded, and so may the gradients that
 # pass through them: CPUs multiply int8 several times as fast as float32 or bfloat16. Scales are per position
-# and per channel. The adapter's own products, and all of those at known tokens, stay exact.
+# and per channel. The adapter's own products stay exact, and so do passes over known tokens. Held-out figures
+# of a training on CPUs come from int8 products too.
 
 
 def to_levels(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,10 +369,10 @@ class Int8Product(torch.autograd.Function):
 
 
 class Int8Linear(Linear):
-    """A frozen linear layer whose product is int8 where an adapter is on; elsewhere it is exact."""
+    """A frozen linear layer. Its product is int8 in passes with an adapter, and exact in other passes."""
 
     def __init__(self, linear: Linear, largest: Tensor):
-        """largest (K): each channel's largest input, relative to its position's largest.
+        """largest (K): per channel, the largest |input| after each position is divided by its largest.
 
         Channels of large inputs are shrunk and their weights grow, so that both round well (SmoothQuant).
         """

@@ -87,7 +87,7 @@ def complementary_noise(
     Per block t ~ U[0, 1), and a position is masked with probability 0.999 t + 0.001.
     """
     B, L = trainable.shape
-    t = torch.rand(B, L // block_size, generator=generator).repeat_interleave(block_size, dim=1)
+    t = torch.rand(B, -(-L // block_size), generator=generator).repeat_interleave(block_size, dim=1)[:, :L]
     u = torch.rand(B, L, generator=generator)
     return trainable & (u < 0.999 * t + 0.001).to(trainable.device)
 
@@ -98,15 +98,12 @@ def complementary_noise(
 def visibility(
     length: int, block_size: int, views: int, documents: Tensor | None = None, clean: str = "block"
 ) -> Callable:
-    """Training's mask, defined once: `sees(row, head, query, key)`, of indices in [noisy views ; clean].
+    """Training's mask: `sees(row, head, query, key)` for indices into [noisy views ; clean].
 
-    For the clean copy alone it is `fastdllm.block_causal_mask`.
-
-    A noisy query sees its own block of its own view, and the clean blocks before it. A clean query sees the
-    clean blocks up to its own, or with `clean` "causal" the clean positions up to its own. Nothing clean sees
-    anything noisy (paper, section 3). With `documents` (B, L), numbers that differ between the documents of a
-    row, nothing sees another document. Without noisy views and with block size 1 it is the ordinary causal
-    mask.
+    A noisy query sees its own block of its own view and all earlier clean blocks. A clean query sees clean
+    blocks up to its own; with `clean` "causal" it sees clean positions up to its own. A clean query never
+    sees a noisy key (paper, section 3). documents (B, L) gives each position its document's number, and no
+    query sees another document. With views=0 this is `fastdllm.block_causal_mask`.
     """
 
     def sees(row, head, query, key):
@@ -284,18 +281,16 @@ def training_loss(
 ) -> Tensor:
     """The adaptation's loss, a scalar: token-shifted cross entropy of complementary views (paper, section 3).
 
-    tokens (B, L) and trainable (B, L) bool, L a multiple of the block size (default: the checkpoint's).
-    Output i predicts token i + 1 where that is masked, so a document's first position is never a target. The
-    sum over both views is divided by the number of targets. `masked` (B, L) bool fixes what view 1 masks; by
-    default it is drawn. `documents` (B, L) numbers the documents of a row, which begin on block boundaries
-    and do not see each other (default: one document). Without `complement` there is no view 2. One clean copy
-    serves both views, so a row costs 3L tokens. The inputs are not changed. Raises InputError for a length
-    that is no multiple of the block, or a model without a mask token.
+    tokens (B, L) and trainable (B, L) bool; `block_size` defaults to the checkpoint's. Output i predicts
+    token i + 1 if that is masked, so a document's first position is never a target. The sum over the views is
+    divided by the number of targets. masked (B, L) bool: what view 1 masks (default: drawn). documents
+    (B, L): document numbers of a row; documents begin on block boundaries and do not see each other (default:
+    one document). Without `complement` there is no view 2. One clean copy serves both views, so a row costs
+    3L tokens. Raises InputError for a length that is no multiple of the block size, or a model without a mask
+    token.
     """
     size = block_size or model.config.block_size
-    if masked is None and tokens.shape[1] % size == 0:
-        masked = complementary_noise(trainable, size)
-    masked = trainable if masked is None else masked & trainable
+    masked = complementary_noise(trainable, size) if masked is None else masked & trainable
     views = noisy_views(trainable, masked, complement)
     hidden = diffusion_pass(model, tokens, views, documents, size, attention)
     outputs = diffusion_outputs(trainable, documents, views)
@@ -336,8 +331,9 @@ def chat_document(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int]
 def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Token ids of one JSON object, and which are trainable. Raises some error for other objects."""
     if "token_ids" in record:  # an answer that `cli.py generate --output` wrote, token by token
-        asked = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-        prompt, answer = tokenizer.chat(asked), record["token_ids"]
+        asked = lambda: record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+        prompt = record["prompt_ids"] if "prompt_ids" in record else tokenizer.chat(asked())
+        answer = record["token_ids"]
         return prompt + answer, [False] * len(prompt) + [True] * len(answer)
     if "text" in record:
         end = tokenizer.id("<|endoftext|>")
@@ -356,7 +352,7 @@ def read_documents(
     A broken line raises InputError with its number; where `broken` is "skip", it is reported on stderr and
     left out.
     """
-    mask, size = tokenizer.id("|<MASK>|"), len(tokenizer)  # a length that walks through the vocabulary
+    mask, size = tokenizer.id("|<MASK>|"), len(tokenizer)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             progress(len(line))
@@ -364,7 +360,7 @@ def read_documents(
                 continue
             try:
                 document = tokens, trainable = document_of(json.loads(line), tokenizer)
-                require(any(trainable), "nothing of it is an assistant's, so nothing trains")
+                require(any(trainable), "it has no token to train on")
                 inside = all(type(i) is int and 0 <= i < size for i in tokens)
                 require(inside, "it has token ids outside the vocabulary")
                 require(mask not in tokens, "it holds the mask token, which only training may write")
@@ -412,7 +408,7 @@ class Corpus:
 
     @staticmethod
     def content(data: Path, folder: Path) -> str:
-        """A hash of the data's content, or the one made when it was tokenised, if the file did not change."""
+        """sha256 of the data. If the file's size and time are unchanged, the hash is read from meta.json."""
         meta = (data if data.is_dir() else folder) / "meta.json"
         known = read_json(meta) if meta.is_file() else {}
         if data.is_dir() or known.get("file") == file_status(data):
@@ -421,7 +417,7 @@ class Corpus:
 
     @classmethod
     def prepare(cls, data: Path, tokenizer: Tokenizer, folder: Path, broken: str = "refuse") -> "Corpus":
-        """A folder that was prepared before, or a JSONL file, tokenised into `folder` unless that was done.
+        """Open tokenised data. If `data` is a JSONL file, tokenise it into `folder`, unless it is there.
 
         Raises InputError for broken lines, data without documents, tokens of another tokenizer, and damaged
         files.
@@ -489,8 +485,8 @@ def pack(
 ) -> list[list[Piece]]:
     """Each document once, in rows of at most `seq_len` positions, in a random order; see PACKINGS.
 
-    "documents" puts each document into the fullest row that has room for it. Only a document that is longer
-    than a row is cut, into rows of its own. The other two ways drop the last, incomplete row.
+    "documents" puts each document into the fullest row that has room for it. Only a document longer than a
+    row is cut; its last piece is packed like a document. The other two ways drop the last, incomplete row.
     """
     rows, order = [], rng.permutation(len(lengths)).tolist()
     if packing == "documents":
@@ -501,7 +497,8 @@ def pack(
                 if fits := sizes >> need:
                     free = need + (fits & -fits).bit_length() - 1
                     row = room[free].pop()
-                    sizes &= ~(1 << free) if not room[free] else -1
+                    if not room[free]:
+                        sizes ^= 1 << free  # no row with so many free positions is left
                 else:
                     free, row = seq_len, []
                     rows.append(row)
@@ -529,8 +526,8 @@ def endless_rows(lengths: np.ndarray, *how, seed: int) -> Iterator[list[Piece]]:
     """Packed rows, epoch after epoch: a function of the arguments alone."""
     for epoch in count():
         rows = pack(lengths, *how, np.random.default_rng([seed, epoch]))
-        some = f"The data does not fill one row of {how[0]} positions; give more of it, or a lower --seq-len."
-        require(rows, some)
+        enough = f"The data does not fill one row of {how[0]} positions; give more, or a lower --seq-len."
+        require(rows, enough)
         yield from rows
         del rows  # frees them before the next epoch's are made
 
@@ -618,7 +615,7 @@ def wait_for_all() -> None:
 def first_process(work: Callable[[], None]) -> None:
     """Run long work in the first process while the others wait; its mistakes are raised in all of them."""
     problem = [None]
-    # a group of its own, so that a step that hangs is noticed after minutes all the same
+    # this group waits up to a day; the main group keeps its 30 minutes, so a hanging step still fails soon
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
     if rank() == 0:
         try:
@@ -668,7 +665,10 @@ class Adapter(nn.Module):
         self.mask_row = nn.Parameter(mask_row.detach().float().clone())
 
     def lend(self, model: Qwen2) -> None:
-        """Give the model the masks' row as it is now, as a view: a parameter would become the model's own."""
+        """Make the trained row the model's embedding of masks.
+
+        It is passed as a view: assigning a parameter would register it in the model.
+        """
         model.mask_row = self.mask_row.view(-1).to(model.weight.dtype)
 
 
@@ -682,7 +682,8 @@ class Objective(nn.Module):
             mask_id = model.config.mask_token_id
             self.adapter = Adapter(model, how.lora, 2.0 * how.lora, how.seed, model.weight[mask_id])
             model.requires_grad_(False)
-            model.mask_row = None  # `masked` does not say where masks are, since it is on everywhere
+            # Qwen2.forward would put this row at every position, since `masked` is True everywhere
+            model.mask_row = None
             model.model.embed_tokens.register_forward_hook(self.embed_masks)
 
     def embed_masks(self, embedding: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
@@ -715,8 +716,8 @@ def distribute(objective: Objective, how: "Training") -> nn.Module:
     """Ready for several processes: DDP, where each has all weights, or FSDP2, where each has a share of them.
 
     Trained weights are float32 from here on, frozen ones in the compute dtype. With `recompute` only the
-    layers' inputs are kept for the backward pass. What lies between the matrix products, such as the residual
-    stream, is in the compute dtype under FSDP2, which sends the weights in it, and in float32 otherwise.
+    layers' inputs are kept for the backward pass. FSDP2 sends weights in the compute dtype, and the residual
+    stream is in it too. With low-rank layers the residual stream is also in it, otherwise it is float32.
     """
     layers = objective.model.model.layers
     if how.recompute:
@@ -737,7 +738,10 @@ def distribute(objective: Objective, how: "Training") -> nn.Module:
 
 
 def micro_batch(objective: nn.Module, last: bool, reshard: bool):
-    """A context for one micro-batch: only the last one of a step sends gradients, where memory allows it."""
+    """A context for one micro-batch.
+
+    Under DDP, and under FSDP without resharding, only a step's last micro-batch sends gradients.
+    """
     if isinstance(objective, DistributedDataParallel) and not last:
         return objective.no_sync()
     if isinstance(objective, FSDPModule) and not reshard:
@@ -748,10 +752,10 @@ def micro_batch(objective: nn.Module, last: bool, reshard: bool):
 
 
 # --- Checkpoints ---
-# A checkpoint is a folder with one safetensors file per process, its share of weights and optimiser. The
-# file's header says where each piece lies in its whole tensor, and JSON beside it has the file's checksum. No
-# file runs as code. The folder gets its name when it is complete, so a run that is killed at any time resumes
-# from a complete one, and a step depends on nothing but that and the step's number.
+# A checkpoint is a folder. Each process writes one safetensors file with its share of the weights and the
+# optimiser's state. The file's header says where each piece lies in its whole tensor. A JSON file beside it
+# has its checksum. No file is executed. The folder is renamed to its name when it is complete, so a killed
+# run resumes from a complete checkpoint. A step depends only on that checkpoint, the seed and its number.
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -764,10 +768,10 @@ def last_good(out: Path) -> str:
     for place in reversed(checkpoints(out)):
         try:
             intact_shares(place)
-            return f"the last good one is {place}"
+            return f"the last good checkpoint is {place}"
         except (InputError, OSError):
             continue
-    return "there is no good one"
+    return "there is no good checkpoint"
 
 
 def intact_shares(place: Path) -> list[Path]:
@@ -782,7 +786,7 @@ def intact_shares(place: Path) -> list[Path]:
 
 
 def state_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The trained tensors and AdamW's state, by name, not copied; before the first step it is made."""
+    """The trained tensors and AdamW's state, by name, not copied. Before the first step that is zeros."""
     found, fresh = {}, not optimizer.state
     for name, p in objective.named_parameters():
         if p.requires_grad:
@@ -942,9 +946,9 @@ def check_numbers(how) -> None:
 
 
 PACKINGS = {
-    "documents": "padded to whole blocks, whole where they fit, and kept separate",
-    "original": "padded, always by at least one token, cut where a row ends, and seen by each other",
-    "concatenated": "the same without padding",
+    "documents": "padded to whole blocks, cut only if longer than a row, and masked from each other",
+    "original": "padded to whole blocks by at least one token, cut at row ends, and visible to each other",
+    "concatenated": "not padded, cut at row ends, and visible to each other",
 }
 
 
@@ -1150,10 +1154,10 @@ class Trainer:
                 norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
                 if not all(map(math.isfinite, (norm, *losses.values()))):
                     documents = sorted({document for row in rows for document, _, _ in row})
-                    some = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
+                    shown = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
                     raise InputError(
                         f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm}); its "
-                        f"batch holds documents {some} (of the tokenised data, from 0). Of checkpoints, "
+                        f"batch holds documents {shown} (of the tokenised data, from 0); "
                         f"{last_good(out)}; a lower --lr may help."
                     )
                 for group in self.optimizer.param_groups:
@@ -1175,7 +1179,7 @@ class Trainer:
                     file.write(json.dumps(record) + "\n")
                 except OSError as error:
                     reason = f"{log}: cannot be written ({error.strerror})"
-                    raise InputError(f"{reason}; of checkpoints, {last_good(out)}.") from None
+                    raise InputError(f"{reason}; {last_good(out)}.") from None
                 shown = {name: f"{value:.3f}" for name, value in record.items() if name.endswith("loss")}
                 shown |= {"step": step + 1, "tokens/s": f"{record['tokens'] / seconds:,.0f}"}
                 bar.set_postfix(shown, refresh=False)
@@ -1192,9 +1196,10 @@ def check_length(seq_len: int, block_size: int, most: int) -> None:
 
 
 # --- Drafts ---
-# What an adapter learns: a group of masks at a + 1 .. a + w sees the known tokens up to its anchor a, and
-# itself. The output at a + j predicts the token at a + j + 1. The output at a itself is the model's own and
-# needs no training. Known tokens see no mask: one pass without gradients serves all groups of a document.
+# A group is w masks at the positions a + 1 .. a + w after its anchor a. Each mask sees the known tokens up to
+# a and all masks of its group. The output at a + j predicts the token at a + j + 1. The output at a comes
+# without the adapter, so it needs no training. Known tokens see no mask, so one pass without gradients serves
+# all groups of a document.
 
 
 @dataclass(frozen=True)
@@ -1212,9 +1217,9 @@ class Drafting:
     int8: bool = setting(True, "On CPUs, round the frozen weights' products at masks: several times as fast.")
     lr: float = setting(1.5e-3, "Peak learning rate of AdamW; it falls linearly to 0.")
     warmup: int = setting(50, "Steps of linear warm-up.")
-    clip: float = setting(1.0, "Largest gradient norm.")
+    clip: float = setting(1.0, "Largest gradient norm.", 1e-9)
     seed: int = setting(0, "Seed of weights, order and samples.")
-    cache_gb: float = setting(4.0, "GB for keys and values of known tokens, which are else computed again.")
+    cache_gb: float = setting(4.0, "GB of keys and values to keep; others are computed again each time.")
     save_every: int = setting(50, "Steps between checkpoints.", low=1)
     keep: int = setting(2, "Checkpoints that stay.", low=1)
     eval_every: int = setting(100, "Steps between looks at held-out data.", low=1)
@@ -1268,7 +1273,7 @@ def known_pass(model: Qwen2, tokens: Tensor) -> Tensor:
 
 
 class Known:
-    """Documents' keys and values, kept while they fit into `limit` bytes, else made anew each time."""
+    """Documents' keys and values, in bfloat16, kept while they fit into `limit` bytes, else made anew."""
 
     def __init__(self, model: Qwen2, corpus: Corpus, limit: float):
         self.model, self.corpus, self.limit, self.kept, self.bytes = model, corpus, limit, {}, 0
@@ -1276,6 +1281,12 @@ class Known:
     def tokens(self, document: int) -> Tensor:
         ids, _ = self.corpus.piece(document, 0, self.corpus.lengths[document])
         return torch.from_numpy(ids.astype(np.int64)).to(self.model.weight.device)
+
+    def targets(self, document: int) -> Tensor:
+        """Its tokens, and -1 where a token is no target."""
+        _, trainable = self.corpus.piece(document, 0, self.corpus.lengths[document])
+        tokens = self.tokens(document)
+        return tokens.masked_fill(~torch.from_numpy(trainable).to(tokens.device), -1)
 
     def __getitem__(self, document: int) -> Tensor:
         if (found := self.kept.get(document)) is None:
@@ -1310,7 +1321,7 @@ def draft(model: Qwen2, known: list[Tensor], anchors: Tensor, width: int) -> Ten
 
 
 def draft_targets(tokens: Tensor, anchors: Tensor, width: int) -> Tensor:
-    """Tokens (G, w) that the masks behind anchors (G) of one document draft; -1 beyond its end."""
+    """What the masks behind anchors (G) of one document draft, (G, w), of its tokens; -1 beyond its end."""
     at = anchors[:, None] + torch.arange(2, width + 2, device=tokens.device)
     return tokens[at.clamp_max(len(tokens) - 1)].masked_fill(at >= len(tokens), -1)
 
@@ -1318,9 +1329,9 @@ def draft_targets(tokens: Tensor, anchors: Tensor, width: int) -> Tensor:
 def draft_loss(model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, others: Tensor, near: float):
     """Weighted sum of cross entropies, sum of the weights, and number of drafts that would be kept.
 
-    hidden (B, G, w, D), targets (B, G, w). The head runs over the tokens `ids`, sorted, which hold all
-    targets, and over `others`, a random sample of the rest of the vocabulary that counts as the whole of it.
-    Most of the full head's products would only push down tokens that never come up.
+    hidden (B, G, w, D), targets (B, G, w). The head runs over two sets of tokens. `ids` (sorted) holds all
+    targets. `others` is a random sample of the remaining vocabulary; its logits are raised so that it stands
+    for all of it. The full head would mostly lower tokens that never occur.
     """
     some = torch.cat([ids, others])
     rest = model.config.vocab_size - len(ids)
@@ -1336,14 +1347,13 @@ def draft_loss(model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, other
 
 @torch.no_grad()
 def simulate(model: Qwen2, known: Known, documents: Iterable[int], width: int) -> Counter:
-    """How many cycles of verified decoding keep 0, 1, 2, ... drafts, where the verifier writes these answers.
+    """How many cycles of verified decoding keep 0, 1, 2, ... drafts, where AR writes these first answers.
 
     A cycle is two passes, and writes 2 tokens and the kept ones.
     """
-    kept, state = Counter(), []
-    for document in documents:
-        at = anchors_of(known.corpus.piece(document, 0, known.corpus.lengths[document])[1])
-        state += [(document, int(a)) for a in at[:1]]
+    trainable = lambda document: known.corpus.piece(document, 0, known.corpus.lengths[document])[1]
+    anchors_left = {document: anchors_of(trainable(document)).tolist() for document in documents}
+    kept, state = Counter(), [(document, at[0]) for document, at in anchors_left.items() if at]
     while state:
         after = []
         for part in (state[i : i + 32] for i in range(0, len(state), 32)):
@@ -1351,11 +1361,11 @@ def simulate(model: Qwen2, known: Known, documents: Iterable[int], width: int) -
             hidden = draft(model, [known[d] for d, _ in part], anchors, width)
             guesses = torch.cat([model.logits(rows).argmax(-1) for rows in hidden.flatten(0, 2).split(256)])
             for (document, a), guess in zip(part, guesses.view(-1, width)):
-                tokens = known.tokens(document)
+                tokens = known.targets(document)
                 right = guess == draft_targets(tokens, torch.tensor([a], device=tokens.device), width)[0]
                 m = int(right.cumprod(0).sum())
                 kept[m] += 1
-                if a + 4 + m < len(tokens):
+                if a + 2 + m in anchors_left[document]:  # else the answer ends
                     after.append((document, a + 2 + m))
         state = after
     return kept
@@ -1373,16 +1383,17 @@ class DraftTrainer(Trainer):
         if how.int8 and self.device.type == "cpu":
             some = np.random.default_rng(how.seed).permutation(len(corpus.lengths))[:4]
             to_int8(model, [Known(model, corpus, 0).tokens(i)[:512] for i in some])
-        # an adapter that is loaded goes on; for a new one, the row of a token that is sure to be trained is
-        # as good as any to begin with
+        # a loaded adapter keeps its weights; a new mask row starts as a copy of a stop token's row
         loaded = adapter_tensors(model) if model.mask_row is not None else {}
-        start = model.weight[(model.config.stop_token_ids[-1:] or (0,))[0]]
-        self.objective = Adapter(model, how.rank, how.alpha, how.seed, loaded.pop(MASK_ROW, start[None])[0])
+        stop = model.config.stop_token_ids
+        row = loaded.pop(MASK_ROW, model.weight[stop[-1] if stop else 0][None])[0]
+        self.objective = Adapter(model, how.rank, how.alpha, how.seed, row)
+        tensors = adapter_tensors(model)
         for name, tensor in loaded.items():
-            adapter_tensors(model)[name].data.copy_(tensor)
+            tensors[name].data.copy_(tensor)
         limit = how.cache_gb * 1e9
-        self.known = Known(model, corpus, limit)
-        self.known_heldout = heldout and Known(model, heldout, limit / 4)
+        self.known = Known(model, corpus, 0.8 * limit)
+        self.known_heldout = heldout and Known(model, heldout, 0.2 * limit)
         self.ids = torch.from_numpy(np.unique(corpus.tokens).astype(np.int64)).to(self.device)
         rest = np.setdiff1d(np.arange(model.config.vocab_size), self.ids.cpu())
         self.rest = torch.from_numpy(rest).to(self.device)
@@ -1400,7 +1411,7 @@ class DraftTrainer(Trainer):
         mine = sorted(rows)[rank() * share : (rank() + 1) * share]
         documents = [row[0][0] for row in mine]
         anchors = torch.tensor([[start - 1 for _, start, _ in row] for row in mine], device=self.device)
-        tokens = (self.known.tokens(document) for document in documents)
+        tokens = (self.known.targets(document) for document in documents)
         targets = torch.stack([draft_targets(*pair, self.how.width) for pair in zip(tokens, anchors)])
         picked = np.random.default_rng([seed, step]).permutation(len(self.rest))[: self.how.others]
         return documents, anchors, targets, self.rest[torch.from_numpy(picked).to(self.device)]
@@ -1439,10 +1450,10 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
     separate, mask_id = how.packing == "documents", tokenizer.id("|<MASK>|")
     rows = endless_rows(corpus.lengths, how.seq_len, size, how.packing, seed=how.seed)
     batch = lay_out(corpus, [next(islice(rows, row, None))], how.seq_len, mask_id, separate)
-    require(batch.trainable.any(), f"Row {row} has nothing that trains; show another --row.")
     draw_noise(batch, size, [how.seed, 0, row])
     views = noisy_views(batch.trainable, batch.masked, how.complement)[0]
     targets = targets_of(batch.trainable, batch.documents)[0]
+    require(targets.any(), f"Row {row} has nothing that trains; show another --row.")
     text = [tokenizer.decode([i], skip_special_tokens=False) for i in batch.tokens[0].tolist()]
     yield f"Row {row}: {how.seq_len} positions in blocks of {size}, {targets.sum()} targets"
     documents = [] if batch.documents is None else batch.documents[0].tolist()
@@ -1510,7 +1521,7 @@ preset_option = click.option(
     callback=take_preset,
     is_eager=True,
     expose_value=False,
-    help="The paper's steps and rate for a model of this size.",
+    help="The paper's settings for a model of this size.",
 )
 model_options = several(
     click.option("--from-scratch", is_flag=True, help="Random weights; --model gives config and tokenizer."),
@@ -1640,11 +1651,14 @@ def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, devi
             part = next(iter(adapted_layers(model).values())).adapter
             how = replace(how, rank=len(part.A), alpha=part.scale * len(part.A))
         tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
-        mask = tokenizer.id("|<MASK>|")
+        mask = model.config.mask_token_id
+        mask = tokenizer.id("|<MASK>|") if mask is None else mask
         model.config = replace(model.config, mask_token_id=mask, draft_width=how.width)
         digest = base_digest(model)
         run = {"objective": "draft", "base_digest": digest, "adapter": adapter} | lasting(how)
         corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
+        longest, room = int(corpus.lengths.max()), model.config.max_position_embeddings
+        require(longest <= room, f"{data}: a document has {longest} tokens, the model {room} positions.")
         trainer = DraftTrainer(model, corpus, heldout, how)
         trainer.run(out)
         if rank() == 0:
@@ -1658,7 +1672,9 @@ def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, devi
 @main.command("show", help="Print a packed, masked example: views, which output predicts what, the mask.")
 @click.option("--model", "folder", default=SHIPPED / "checkpoint", type=FOLDER, help="Tokenizer's folder.")
 @click.option("--data", default=SHIPPED / "sample.jsonl", type=FILE, help="JSONL.")
-@click.option("--row", default=0, type=click.IntRange(0, 10**6), help="Which row of the first epoch.")
+@click.option(
+    "--row", default=0, type=click.IntRange(0, 10**6), help="Which packed row of the first 500 documents."
+)
 @block_option
 @options(Training, "seq_len", "packing", "complement", "clean", "seed", seq_len={"default": 192})
 @reports_mistakes

@@ -714,7 +714,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_st
     line = [sys.executable, *command(tmp_path, "adapt", out=tmp_path / "out", steps=4)]
     run = subprocess.run(line, capture_output=True, text=True, preexec_fn=small)
     assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert "cannot be written" in run.stderr and "the last good one is" in run.stderr
+    assert "cannot be written" in run.stderr and "the last good checkpoint is" in run.stderr
     assert [path.name for path in train.checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
     subprocess.run(line, check=True, capture_output=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
@@ -885,7 +885,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_is_named(again, t
     refused = again(steps=3)
     assert refused.exit_code == 2 and "Traceback" not in refused.output
     assert f"{bad}: the checkpoint is damaged" in refused.output
-    assert f"the last good one is {good}" in refused.output
+    assert f"the last good checkpoint is {good}" in refused.output
     shutil.rmtree(bad)
     assert again(steps=3).exit_code == 0 and [record["step"] for record in metrics(tmp_path / "out")] == [
         1,
