@@ -16,6 +16,7 @@ import cli
 from benchmarks.judging import final_answer
 from fast import prepack
 from fastdllm import Decoding, InputError, generate, load
+from train import read_documents
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
 
@@ -165,6 +166,20 @@ def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, line, message):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_answers_to_a_system_message_keep_the_prompt_that_was_asked(tmp_path, shipped):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
+    common = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 8]
+    for options, kept in ([], False), (["--system", "Be brief."], True), (["--raw"], True):
+        assert run(*common, *options).exit_code == 0
+        line = json.loads((tmp_path / "out.jsonl").read_text())
+        assert ("prompt_ids" in line) == kept
+        [(tokens, trainable)] = read_documents(tmp_path / "out.jsonl", shipped[1])
+        assert (
+            len(tokens) - sum(trainable) == line["prompt_tokens"]
+            and tokens[line["prompt_tokens"] :] == line["token_ids"]
+        )
+
+
 def test_a_full_disk_is_one_sentence(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
     assert "No space left" in mistake("--input", tmp_path / "in.jsonl", "--output", "/dev/full")

@@ -285,6 +285,25 @@ def test_simulation_counts_the_cycles_of_a_draft_that_is_always_or_never_right(f
     assert simulate(made.model, made.known_heldout, [0], WIDTH) == {4: 4}
 
 
+def test_a_users_next_turn_is_neither_a_target_nor_simulated(folders):
+    made = trainer(folders)
+    made.corpus.trainable[18:24] = False  # document 0: answers at 6..17 and 24..29
+    row = next(row for row in train.endless_groups(made.corpus, 10, WIDTH, 0) if row[0][0] == 0)
+    assert {start - 1 for _, start, _ in row} <= {*range(5, 16), *range(23, 28)}
+    _, anchors, targets, _ = made.batch(made.corpus, [[(0, 15, 19)] * 3], 0, 0)
+    assert anchors[0, 0] == 14 and (targets[0, 0] >= 0).tolist() == [True, True, False, False]
+    made.known_heldout.corpus.trainable[18:24] = False
+    kept = simulate(made.model, made.known_heldout, [0], WIDTH)
+    assert sum((2 + m) * n for m, n in kept.items()) in (12, 13)  # the last cycle may end behind the answer
+
+
+def test_a_document_longer_than_the_model_is_one_sentence(tmp_path):
+    line = {"prompt": "a", "text": "", "token_ids": [5] * 3000}
+    (tmp_path / "own.jsonl").write_text(json.dumps(line) + "\n")
+    result = CliRunner().invoke(train.main, [*command(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "a document has 30" in result.output
+
+
 def command(tmp_path, **options):
     if not (tmp_path / "own.jsonl").exists():
         lines = [
