@@ -173,20 +173,21 @@ def training_attention(
 # --- Loss ---
 
 
+def first_of(documents: Tensor) -> Tensor:
+    """Which positions (B, L) are the first of a document, of document numbers (B, L)."""
+    return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+
+
 def positions_of(documents: Tensor) -> Tensor:
     """Positions (B, L) that start at 0 in each document of a row."""
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return index - (index * first).cummax(dim=1).values
+    return index - (index * first_of(documents)).cummax(dim=1).values
 
 
 def targets_of(trainable: Tensor, documents: Tensor | None) -> Tensor:
     """Positions (B, L) that can be targets: trainable and not first in their document."""
-    first = torch.zeros_like(trainable)
-    first[:, 0] = True
-    if documents is not None:
-        first[:, 1:] |= documents[:, 1:] != documents[:, :-1]
-    return trainable & ~first
+    one_document = torch.zeros_like(trainable)
+    return trainable & ~first_of(one_document if documents is None else documents)
 
 
 def noisy_views(trainable: Tensor, masked: Tensor, complement: bool) -> Tensor:
@@ -434,8 +435,7 @@ class Corpus:
         for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
             shutil.rmtree(old, ignore_errors=True)
         part, offsets = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), [0]
-        total = data.stat().st_size
-        bar = tqdm(total=total, desc=f"tokenising {data.name}", unit="B", unit_scale=True)
+        bar = tqdm(total=data.stat().st_size, desc=f"tokenising {data.name}", unit="B", unit_scale=True)
         try:
             part.mkdir(parents=True)
             with open(part / "tokens.bin", "wb") as ids, open(part / "trainable.bin", "wb") as flags, bar:
@@ -966,7 +966,6 @@ class Training:
         "constant", "After the warm-up; cosine falls to 0.", choices=("constant", "cosine")
     )
     weight_decay: float = setting(0.01, "AdamW's, of matrices.")
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW, as is usual for language models
     clip: float = setting(1.0, "Largest gradient norm.", 1e-9)
     ar_weight: float = setting(0.0, "Weight of a causal loss beside the diffusion loss.")
     clean: str = setting(
@@ -1077,7 +1076,8 @@ class Trainer:
             {"params": decayed, "weight_decay": how.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=how.betas, fused=True)
+        betas = 0.9, 0.95  # as is usual for language models
+        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=betas, fused=True)
         if heldout:
             rows = list(islice(self.rows(heldout, 0), round_up(how.eval_rows, share)))
             self.heldout_batch = self.batch(heldout, rows, 0, 0)
@@ -1493,7 +1493,7 @@ SHIPPED = Path(__file__).parent / "tiny"
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, path_type=Path)
 DIFFUSION = ("complement", "clean", "ar_weight", "lora")  # settings that only the adaptation has
-COMMON = [f.name for f in fields(Training) if "help" in f.metadata and f.name not in DIFFUSION]
+COMMON = [f.name for f in fields(Training) if f.name not in DIFFUSION]
 DTYPE_NAMES = click.Choice(["float32", "bfloat16", "float16"])
 
 
@@ -1565,7 +1565,7 @@ def lasting(how) -> dict:
         "eval_every",
         "eval_rows",
     }
-    free |= {"betas", "cache_gb"} | ({"steps"} if getattr(how, "schedule", None) == "constant" else set())
+    free |= {"cache_gb"} | ({"steps"} if getattr(how, "schedule", None) == "constant" else set())
     return {name: value for name, value in asdict(how).items() if name not in free}
 
 
@@ -1574,13 +1574,20 @@ def block_size_of(wanted: int | None, trained: int) -> int:
     return wanted or (trained if trained > 1 else 32)
 
 
+@contextmanager
+def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
+    """This process's device, for the only run that writes to `out`."""
+    if threads:
+        torch.set_num_threads(threads)
+    with processes(device) as device, alone(out):
+        yield device
+
+
 def train(objective, folder, data, out, heldout, broken, device, threads, from_scratch, save_dtype, **how):
     """One run, in the only process or in one of those that `torchrun` started."""
     block_size = how.pop("block_size", None)
     how = Training(**how)
-    if threads:
-        torch.set_num_threads(threads)
-    with processes(device) as device, alone(out):
+    with one_run(device, threads, out) as device:
         model, tokenizer = initial_model(folder, from_scratch, device, how.seed)
         if objective == "adapt":
             tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
@@ -1641,9 +1648,7 @@ def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, devi
     too.
     """
     how = Drafting(**how)
-    if threads:
-        torch.set_num_threads(threads)
-    with processes(device) as device, alone(out):
+    with one_run(device, threads, out) as device:
         dtype = dtype or ("float32" if device == "cpu" else "auto")
         model, tokenizer = load(folder, device, dtype, adapter)
         require(tokenizer, f"{folder}: no tokenizer, so the data cannot be read.")
