@@ -965,7 +965,7 @@ def flags_of(row: dict) -> str:
 @model_options
 @option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
 @count_option("--layers", high=1000, help="Cut the shape to so many layers.")
-@option("--decoders", default="ar,block,dual", help="Of ar, block, fused, dual, none, prefix, verify.")
+@option("--decoders", default="ar,block,dual", help="Of ar, block, fused, dual, none, prefix, verify, ahead.")
 @option("--thresholds", help="[default: 0.9]", callback=numbers(float, 0, 1))
 @option("--tokens-per-pass", help="Instead of thresholds  [default: 3, of random weights]", callback=counts)
 @option("--sub-block-sizes", default=f"{Decoding.sub_block_size}", callback=counts)

@@ -503,7 +503,7 @@ class Decoding:
     )
     verify: bool = knob(False, "Lossless: keep a guess only if AR decoding would choose it.")
     draft_width: int | None = knob(
-        None, "Masks of a draft  [default: the adapter's, or half a block]", int, 1
+        None, "Masks of a draft  [default: the adapter's, else half a block, ahead an eighth]", int, 1
     )
     draft_ahead: bool = knob(False, "Draft in verify passes too: fewer passes, but wider ones.")
     draft_confidence: float = knob(0.0, "Verify drafts while their joint confidence is above.", float, 0, 1)
@@ -563,7 +563,10 @@ class Decoding:
         adapted = "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works."
         require(has_mask or size == 1, adapted)
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
-        width = self.draft_width or config.draft_width or max(1, config.block_size // 2)
+        part = (
+            8 if self.draft_ahead else 2
+        )  # of a block; the widest pass grows with the square of a draft ahead
+        width = self.draft_width or config.draft_width or max(1, config.block_size // part)
         found = replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
         room = min(most, PIECE)
         wide = f"draft_width {width} needs passes of {widest(found)} tokens, more than {room}"

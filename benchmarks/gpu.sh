@@ -67,7 +67,7 @@ part tests 60 "$python" -m pytest -q tests -k "cuda and not flex" -p no:cachepro
 part choices 120 "$python" benchmarks/choices.py cuda --shape "$shape" --device "$device" "${choices[@]}" \
   --seconds "$seconds" --json "$folder/choices.json"
 part bench 110 "$python" cli.py bench --shape "$shape" --device "$device" --dtype bfloat16 "${sizes[@]}" \
-  --rounds "$rounds" --decoders ar,block,dual,verify --tokens-per-pass 3 --json "$folder/bench.json"
+  --rounds "$rounds" --decoders ar,block,dual,verify,ahead --tokens-per-pass 3 --json "$folder/bench.json"
 part training 90 "$python" benchmarks/training.py layouts "${layouts[@]}" --json "$folder/training.json"
 part resume 60 "$python" benchmarks/training.py resume --device "$device" "${resumed[@]}" \
   --json "$folder/resume.json"

@@ -58,6 +58,7 @@ DECODERS = {
     "block": {},
     "prefix": {"accept": "prefix"},
     "verify": {"verify": True},
+    "ahead": {"verify": True, "draft_ahead": True},
     "fused": {"fuse_commit": True},
     "dual": {"cache": "dual"},
     "none": {"cache": "none"},
@@ -117,7 +118,7 @@ def plan(
     found = {}
     for name in decoders:
         require(name in DECODERS, f"--decoders has {name!r}; take some of {', '.join(DECODERS)}.")
-        alone = name in ("ar", "verify")  # neither has sub-blocks
+        alone = name in ("ar", "verify", "ahead")  # none of these has sub-blocks
         ok = alone or config.block_size > 1
         require(
             ok, "The checkpoint has no diffusion block: only --decoders ar works, and verify with an adapter."
@@ -158,11 +159,13 @@ def cost(config: Config, itemsize: int, passes: Sequence[Pass], block_size: int)
     windows = [(p.start, p.start + len(p.tokens)) for p in passes]
     tokens, guessed = sum(len(p.tokens) for p in passes), sum(len(p.guessed) for p in passes)
     slots = sum(round_up(stop, block_size) for _, stop in windows)
-    pairs = sum(visible(*window, block_size) for window in windows)
-    for p in passes:  # the masks of a draft see each other
-        if p.kind == "draft":
-            masks = p.tokens.count(config.mask_token_id)
-            pairs += masks * (masks - 1) // 2
+    pairs = 0
+    for p in passes:
+        masks = p.tokens.count(config.mask_token_id) if p.kind in ("draft", "verify") else 0
+        known = len(p.tokens) - masks
+        group = masks // known  # masks after each token, which see it, all before it, and each other
+        pairs += visible(p.start, p.start + known, block_size)
+        pairs += sum(group * (p.start + token + 1 + group) for token in range(known) if group)
     moved = matrices + vectors + head * (guessed > 0) + 2 * kv * L * slots
     return itemsize * moved, 2 * matrices * tokens + 2 * head * guessed + 4 * q * L * pairs
 

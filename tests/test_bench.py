@@ -122,6 +122,8 @@ def test_the_masks_of_a_draft_see_each_other():
         CONFIG, 2, [Pass(kind, 4, tokens, [5, 6, 7, 8], [], torch.empty(0), 5)], 1
     )[1]
     pair = 4 * 3 * 12
+    ahead = operations("verify", [7, 7] + masks[:2] + masks[:2])  # slots 4 to 9
+    assert ahead - operations("verify", [7] * 6) == pair * (2 * (5 + 2) + 2 * (6 + 2) - (7 + 8 + 9 + 10))
     assert operations("draft", known + masks) - operations("verify", known + [7, 7, 7]) == pair * 3
 
 
