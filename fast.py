@@ -168,8 +168,8 @@ class RecordedPasses:
         first_rows = slots == list(range(B))
         seen = round_up(round_up(max(starts) + T, decoding.block_size), self.READ_STEP)
         seen = min(self.READ_STEP << (seen // self.READ_STEP - 1).bit_length(), cache.k.shape[2])
-        numbers = [*tokens.flatten().tolist(), *[0] * (more * T), *starts, *[0] * more]
-        numbers += [*slots, *[spare] * more, *outputs, *[0] * (N - len(outputs))]
+        numbers = [*starts, *[0] * more, *slots, *[spare] * more, *outputs, *[0] * (N - len(outputs))]
+        numbers = torch.cat([F.pad(tokens.flatten(), (0, more * T)), torch.tensor(numbers)])
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
         options = decoding.block_size, decoding.temperature, decoding.top_p, decoding.runner_up
@@ -181,14 +181,14 @@ class RecordedPasses:
                 del self.passes[next(iter(self.passes))]
             recorded = self.prepare(cache, numbers, draws, B, T, N, seen, first_rows, decoding, has_masks)
         self.passes[key] = recorded  # now the last used one
-        recorded.numbers.copy_(torch.tensor(numbers), non_blocking=True)
+        recorded.numbers.copy_(numbers, non_blocking=True)
         recorded.draws.copy_(draws, non_blocking=True)
         return recorded.replay()[: len(outputs)]
 
     def prepare(self, cache, numbers, draws, B, T, N, seen, first_rows, decoding, has_masks) -> Recorded:
         model = self.model
         device = model.weight.device
-        inputs = torch.tensor(numbers, device=device), draws.to(device)
+        inputs = numbers.to(device, copy=True), draws.to(device, copy=True)
 
         def run() -> Tensor:
             tokens, starts, rows, outputs = inputs[0].split([B * T, B, B, N])

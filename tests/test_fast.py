@@ -156,6 +156,17 @@ def test_recorded_passes_give_the_tokens_of_eager_ones(folders, monkeypatch, dev
         assert recorded.passes  # they ran
 
 
+def test_recorded_passes_tell_drafts_of_other_widths_apart(shipped):
+    """A draft of 8 masks, and a verification of 2 drafts with 2 masks after each token, are both 9 tokens wide."""
+    model, tokenizer = shipped
+    question = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
+    prompt = tokenizer.chat([{"role": "user", "content": question}])
+    recorded = RecordedPasses(model, record=False)
+    for width, ahead in (8, False), (2, True), (8, False):
+        knobs = Decoding(verify=True, draft_width=width, draft_ahead=ahead)
+        assert generate(model, [prompt], knobs, recorded) == generate(model, [prompt], knobs)
+
+
 def test_recorded_passes_serve_one_decoding_at_a_time_and_one_model(folders):
     model, _ = fastdllm.load(folders["untied"], "cpu")
     recorded, prompt = RecordedPasses(model, record=False), prompt_of(random.Random(1), 19)
