@@ -42,6 +42,7 @@ def sample(place: str, answer: dict) -> dict:
     require(good, f"{place}: needs `task_id` and `text`, as `cli.py generate --input` writes them.")
     block = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", answer["text"], re.DOTALL)
     code = (block[1] if block else answer["text"]).rstrip() + "\n"
+    code = re.sub(r"\A\s*python\n", "", code)  # some models write the language below the fence
     # human-eval puts the prompt before it: an open function, which the solution then defines anew
     return {"task_id": answer["task_id"], "solution": code, "completion": f"    pass\n\n\n{code}"}
 

@@ -42,6 +42,7 @@ def test_prompts_are_worded_as_evalplus_words_them(tmp_path):
         "Sure:\n```python\ndef f(x):\n    return x + 1\n```\nTry it:\n```python\nf(2)\n```",
         "```\ndef f(x):\n    return x + 1\n\n\n```",
         "def f(x):\n    return x + 1",
+        "```\npython\ndef f(x):\n    return x + 1\n```",
         "```py\ndef f(x):\n    return x + 1",  # cut by length
     ],
 )
