@@ -984,8 +984,10 @@ def flags_of(row: dict) -> str:
 @reports_mistakes
 def bench(**given):
     """Speed, memory and time of each pass: decoders x batch sizes, beside AR and the machine's limits."""
-    from benchmarks.speed import bench
-
+    try:
+        from benchmarks.speed import bench
+    except ModuleNotFoundError:
+        raise InputError("bench needs benchmarks/speed.py beside cli.py; run it in the repository.") from None
     bench(**given | {"decoders": given["decoders"].split(",")})
 
 

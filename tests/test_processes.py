@@ -91,7 +91,7 @@ def test_several_processes_need_files(prompts, as_process):
 
 def test_torchrun_names_a_dead_process_and_the_same_command_goes_on(tmp_path):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    what = ["eval", "--count", "120", "--batch-size", "2", "--block-size", "1"]
+    what = ["eval", "--count", "60", "--batch-size", "2", "--block-size", "1"]
     assert run(*what, "--output", one).exit_code == 0
     line, part = [*TORCHRUN, *what, "--output", str(two)], tmp_path / "two.jsonl.rank-1"
     group = subprocess.Popen(
