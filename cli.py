@@ -45,6 +45,7 @@ from fastdllm import (
     decode,
     load,
     locate,
+    pick_device,
     read_checkpoint,
     read_json,
     replace_file,
@@ -70,6 +71,8 @@ SAMPLE = (
 )
 MOST = 10**5  # a --count above this is taken for a typing error
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+# of the processes that torchrun started
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --- Mistakes ---
@@ -244,14 +247,20 @@ model_options = several(
 )
 
 
+def own_device(device: str) -> str:
+    """This process's device, among those that `torchrun` started."""
+    local = os.environ.get("LOCAL_RANK")
+    if local and device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(local))  # before anything else touches a device
+        device = f"cuda:{local}"
+    return pick_device(device)
+
+
 def open_model(
     model: str, adapter: str | None, device: str, dtype: str, packed: bool, record: bool
 ) -> tuple[Qwen2, Tokenizer | None, RecordedPasses | None]:
     """Model, tokenizer, and on CUDA recorded passes, for decoding on this process's device."""
-    if "LOCAL_RANK" in os.environ and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    network, tokenizer = load(model, device, dtype, adapter)
+    network, tokenizer = load(model, own_device(device), dtype, adapter)
     recorded = None
     if network.weight.is_cuda:
         avoid_cudnn_attention()
@@ -574,8 +583,6 @@ def stream_answer(
 # then puts the answers in order. They exchange nothing else. So an answer that was written is never lost, and
 # the same command goes on after a kill, also with another number of processes.
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 def finished(
     model: Qwen2, prompts: list[list[int]], decoding: Decoding, recorded, done: int = 0
@@ -624,15 +631,14 @@ def answer_all(
     path = part_of(target)
     with locked(path, f"{path}: another run is writing it; wait for it, or name another --output.") as file:
         there = read_parts(target, header)
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # cuts off half a line
-        write = lambda line: (file.write(json.dumps(line, ensure_ascii=False) + "\n"), file.flush())
+        cut_half_a_line(path)
         if not path.stat().st_size:
-            write(header)
+            write_line(file, header)
         # longest first, so that the processes end at about the same time
         order = sorted(range(start, len(prompts)), key=lambda i: -len(prompts[i]))[RANK::PROCESSES]
         left, count = [i for i in order if i not in there], 0
         for index, result in finished(model, [prompts[i] for i in left], decoding, recorded):
-            write({"index": left[index]} | asdict(result))
+            write_line(file, {"index": left[index]} | asdict(result))
             count += 1
     if count < len(left):
         click.echo(f"Interrupted: {go_on}", err=True)
@@ -647,9 +653,24 @@ def answer_all(
         part.unlink()
 
 
-def part_of(target: Path | str | None) -> Path:
+def part_of(target: Path | str) -> Path:
     """This process's part file."""
     return Path(f"{target}.rank-{RANK}")
+
+
+def answered_before(target: Path | str | None) -> bool:
+    """Whether an earlier try has left a part file: then nobody knows how long the answers took."""
+    return PROCESSES > 1 and part_of(target).exists()
+
+
+def write_line(file, record: dict) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def cut_half_a_line(path: Path) -> None:
+    """Cut off what follows the last line break: a killed process may leave it."""
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def parts_of(target: Path) -> list[Path]:
@@ -723,7 +744,7 @@ def answer_file(
     """Decode many prompts; each answer is written with its record's fields."""
     results, began = [], time.perf_counter()
     place = None if target == "-" else Path(target)
-    resumed = part_of(target).exists()  # then nobody knows how long the answers took
+    resumed = answered_before(target)
     answers = answer_all(model, prompts, decoding, recorded, place, header)
     with (
         closing(answers),
@@ -731,8 +752,7 @@ def answer_file(
     ):
         for result, record, prompt in zip(answers, records, prompts):
             results.append(result)
-            file.write(json.dumps(record | report(result, prompt, tokenizer), ensure_ascii=False) + "\n")
-            file.flush()
+            write_line(file, record | report(result, prompt, tokenizer))
     if RANK > 0:
         return
     found = rates(results, None if resumed else time.perf_counter() - began)
@@ -814,17 +834,17 @@ def evaluate(
     with locked(target, busy) if target and RANK == 0 else nullcontext() as file:
         lines = done_before(target, problems, header) if target else []
         if file:
-            os.truncate(target, target.read_bytes().rfind(b"\n") + 1)  # cuts off half a line
-        write = lambda line: file and (file.write(json.dumps(line, ensure_ascii=False) + "\n"), file.flush())
-        if not lines:
-            write(header)
+            cut_half_a_line(target)
+            if not lines:
+                write_line(file, header)
         verdicts = lines[1:]
         start = len(verdicts)
-        resumed = part_of(target).exists()  # then nobody knows how long the answers took
+        resumed = answered_before(target)
         answers = answer_all(network, prompts, decoding, recorded, target, header, start)
         for result, problem in zip(answers, problems[start:]):
             verdicts.append(verdict(problem, result, tokenizer))
-            write(verdicts[-1])
+            if file:
+                write_line(file, verdicts[-1])
     if RANK > 0:
         return
     tokens = sum(line["new_tokens"] for line in verdicts[start:])

@@ -22,9 +22,8 @@ from fastdllm import (
     Linear,
     Qwen2,
     best_guesses,
-    block_causal_mask,
     causal_attention,
-    draft_layout,
+    layout,
     require,
     round_up,
     window_pass,
@@ -192,16 +191,11 @@ class RecordedPasses:
 
         def run() -> Tensor:
             tokens, starts, rows, outputs = inputs[0].split([B * T, B, B, N])
-            tokens, starts, keys = tokens.view(B, T), starts[:, None], torch.arange(seen, device=device)
-            places = positions = starts + torch.arange(T, device=device)
-            if decoding.verify and has_masks:
-                positions, mask = draft_layout(
-                    tokens, starts, keys, model.config.mask_token_id, decoding.draft_width
-                )
-            else:
-                ends = places[:, -1:] if T <= decoding.block_size else places
-                mask = block_causal_mask(ends, keys, decoding.block_size)
-            write, read = (rows[:, None], places), (slice(B) if first_rows else rows, slice(seen))
+            tokens, starts, size = tokens.view(B, T), starts[:, None], decoding.block_size
+            drafts = decoding.draft_width if decoding.verify and has_masks else None
+            mask_id = model.config.mask_token_id
+            slots, positions, mask = layout(tokens, starts, seen, size, T <= size, mask_id, drafts)
+            write, read = (rows[:, None], slots), (slice(B) if first_rows else rows, slice(seen))
             hidden = window_pass(model, cache, tokens, positions, write, read, mask, has_masks)
             return best_guesses(model, hidden.flatten(0, 1)[outputs], inputs[1], decoding)
 

@@ -362,6 +362,28 @@ def draft_layout(
     return positions, (at <= last[..., None]) | own
 
 
+def layout(
+    tokens: Tensor,
+    starts: Tensor,
+    seen: int,
+    block_size: int,
+    one_block: bool,
+    mask_id: int | None,
+    draft_width: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots and positions of windows, and which of the first `seen` slots each query sees.
+
+    tokens (B, T); starts (B or 1, 1). one_block: each window lies in one block, so that all of its queries
+    see the same. draft_width: see `draft_layout`; None: a slot is its position. Returns (B or 1, T) twice and
+    (B or 1, T or 1, seen) bool.
+    """
+    keys = torch.arange(seen, device=tokens.device)
+    slots = starts + torch.arange(tokens.shape[1], device=tokens.device)
+    if draft_width:
+        return slots, *draft_layout(tokens, starts, keys, mask_id, draft_width)
+    return slots, slots, block_causal_mask(slots[:, -1:] if one_block else slots, keys, block_size)
+
+
 def run_window(
     model: Qwen2,
     tokens: Tensor,
@@ -393,21 +415,18 @@ def run_window(
     same_place = len(set(starts)) == 1
     starts = list(starts)[:1] if same_place else list(starts)  # then all rows share positions and mask
     one_block = all(start // block_size == (start + T - 1) // block_size for start in starts)
-    first = torch.tensor(starts, device=tokens.device)[:, None]
-    places = positions = first + torch.arange(T, device=tokens.device)  # (B or 1, T)
-    keys, mask = torch.arange(seen, device=tokens.device), None
-    if draft_width:
-        positions, mask = draft_layout(tokens, first, keys, model.config.mask_token_id, draft_width)
-    elif not one_block:
-        mask = block_causal_mask(places, keys, block_size)
-    elif not same_place:  # all queries of a row see the same; in rows of one place that is all there is
-        mask = block_causal_mask(places[:, -1:], keys, block_size)
+    first, mask_id = torch.tensor(starts, device=tokens.device)[:, None], model.config.mask_token_id
+    if one_block and same_place and not draft_width:  # the block is the last one that is read: all is seen
+        slots = positions = first + torch.arange(T, device=tokens.device)
+        mask = None
+    else:
+        slots, positions, mask = layout(tokens, first, seen, block_size, one_block, mask_id, draft_width)
     if rows == list(range(rows[0], rows[0] + B)):  # slices need no index tensors and read without a copy
         read = slice(rows[0], rows[0] + B)
         write = (read, slice(starts[0], starts[0] + T)) if same_place else None
     else:
         read, write = torch.tensor(rows, device=tokens.device), None
-    write = write or (torch.tensor(rows, device=tokens.device)[:, None], places)
+    write = write or (torch.tensor(rows, device=tokens.device)[:, None], slots)
     return window_pass(model, cache, tokens, positions, write, (read, slice(seen)), mask, has_masks)
 
 

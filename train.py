@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cli import locked, options, reports_mistakes, several
+from cli import locked, options, own_device, reports_mistakes, several
 from fast import blockwise_attention, plain_attention, sparse_attention, sparse_mask, to_int8
 from fastdllm import (
     DTYPES,
@@ -66,7 +66,6 @@ from fastdllm import (
     knob,
     load,
     load_tokenizer,
-    pick_device,
     read_config,
     read_json,
     replace_file,
@@ -631,12 +630,8 @@ def first_process(work: Callable[[], None]) -> None:
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """This process's device, among those that `torchrun` started."""
-    local = os.environ.get("LOCAL_RANK")
-    if local and device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(local))  # before anything else touches a device
-        device = f"cuda:{local}"
-    device = pick_device(device)
-    if local is None:
+    device = own_device(device)
+    if "LOCAL_RANK" not in os.environ:
         yield device
         return
     backend = "nccl" if device.startswith("cuda") else "gloo"

@@ -83,6 +83,13 @@ def test_parts_of_another_run_are_refused_and_stay(tmp_path, as_process):
         assert other.exit_code == 2 and words in other.output and part.read_bytes() == before
 
 
+def test_a_part_that_was_left_does_not_hide_one_process_speed(tmp_path):
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.rank-0").write_text("of a run that was given up\n")
+    found = json.loads(run("eval", "--count", 2, "--output", out, "--json").stdout)
+    assert found["tokens_per_second"] > 0
+
+
 def test_several_processes_need_files(prompts, as_process):
     assert "need --output FILE" in as_process(0, "eval", "--count", 2).output
     assert "need --output FILE" in as_process(0, "generate", "--input", prompts).output
