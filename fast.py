@@ -6,6 +6,7 @@
 `fastdllm.py` never imports this file. Shapes as there.
 """
 
+import math
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -21,6 +22,7 @@ from fastdllm import (
     KVCache,
     Linear,
     Qwen2,
+    Window,
     best_guesses,
     causal_attention,
     layout,
@@ -126,18 +128,15 @@ class RecordedPasses:
 
     def claim(self, model: Qwen2, rows: int, length: int) -> KVCache:
         """A cache for so many rows and positions, until `release`. Raises InputError where it is in use."""
-        require(
-            model is self.model, "These recorded passes belong to another model; make new ones for this one."
-        )
+        own = "These recorded passes belong to another model; make new ones for this one."
+        require(model is self.model, own)
         require(not self.in_use, "Recorded passes serve one decoding at a time; make one object per thread.")
-        powers = lambda n: self.READ_STEP << max(0, (n - 1) // self.READ_STEP).bit_length()
-        wanted, there = (rows + 1, powers(length)), (0, 0)
-        if self.cache is not None:
-            there = tuple(self.cache.k.shape[1:3])
-        if there[0] < wanted[0] or there[1] < wanted[1]:
+        wanted = rows + 1, self.slots_for(length)
+        there = tuple(self.cache.k.shape[1:3]) if self.cache else (0, 0)
+        both = tuple(map(max, wanted, there))
+        if both != there:
             # room for both, so that unlike requests do not drop each other's graphs, unless that is far more
-            both = max(wanted[0], there[0]), max(wanted[1], there[1])
-            far_more = both[0] * both[1] > 2 * max(wanted[0] * wanted[1], there[0] * there[1])
+            far_more = math.prod(both) > 2 * max(math.prod(wanted), math.prod(there))
             size = wanted if far_more else both
             self.passes = {}
             self.cache = self.pool = None  # free the old cache before the new one is made
@@ -146,13 +145,16 @@ class RecordedPasses:
         self.in_use = True
         return self.cache
 
+    def slots_for(self, positions: int) -> int:
+        """The smallest power of 2 times READ_STEP that is at least `positions`."""
+        return self.READ_STEP << ((positions - 1) // self.READ_STEP).bit_length()
+
     def release(self) -> None:
         self.in_use = False
 
     def run(
         self,
-        cache: KVCache,
-        slots: list[int],
+        places: list[int],
         tokens: Tensor,
         starts: list[int],
         outputs: list[int],
@@ -160,14 +162,13 @@ class RecordedPasses:
         decoding: Decoding,
         has_masks: bool,
     ) -> Tensor:
-        """What `best_guesses` gives for `outputs`, places in the flattened (B, T) of this pass."""
-        B, T = 1 << (len(slots) - 1).bit_length(), tokens.shape[1]
+        """What `best_guesses` gives for `outputs`, indices into the flattened (B, T) of this pass."""
+        B, T = 1 << (len(places) - 1).bit_length(), tokens.shape[1]
         N = B * (T if decoding.verify else min(T, decoding.sub_block_size))  # no pass guesses more
-        spare, more = cache.k.shape[1] - 1, B - len(slots)
-        first_rows = slots == list(range(B))
-        seen = round_up(round_up(max(starts) + T, decoding.block_size), self.READ_STEP)
-        seen = min(self.READ_STEP << (seen // self.READ_STEP - 1).bit_length(), cache.k.shape[2])
-        numbers = [*starts, *[0] * more, *slots, *[spare] * more, *outputs, *[0] * (N - len(outputs))]
+        spare, more = self.cache.k.shape[1] - 1, B - len(places)
+        first_rows = places == list(range(B))
+        seen = self.slots_for(round_up(max(starts) + T, decoding.block_size))
+        numbers = [*starts, *[0] * more, *places, *[spare] * more, *outputs, *[0] * (N - len(outputs))]
         numbers = torch.cat([F.pad(tokens.flatten(), (0, more * T)), torch.tensor(numbers)])
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
@@ -178,15 +179,14 @@ class RecordedPasses:
         if recorded is None:
             while len(self.passes) >= self.MOST_GRAPHS:
                 del self.passes[next(iter(self.passes))]
-            recorded = self.prepare(cache, numbers, draws, B, T, N, seen, first_rows, decoding, has_masks)
+            recorded = self.prepare(numbers, draws, B, T, N, seen, first_rows, decoding, has_masks)
         self.passes[key] = recorded  # now the last used one
         recorded.numbers.copy_(numbers, non_blocking=True)
         recorded.draws.copy_(draws, non_blocking=True)
         return recorded.replay()[: len(outputs)]
 
-    def prepare(self, cache, numbers, draws, B, T, N, seen, first_rows, decoding, has_masks) -> Recorded:
-        model = self.model
-        device = model.weight.device
+    def prepare(self, numbers, draws, B, T, N, seen, first_rows, decoding, has_masks) -> Recorded:
+        model, cache, device = self.model, self.cache, self.model.weight.device
         inputs = numbers.to(device, copy=True), draws.to(device, copy=True)
 
         def run() -> Tensor:
@@ -195,8 +195,9 @@ class RecordedPasses:
             drafts = decoding.draft_width if decoding.verify and has_masks else None
             mask_id = model.config.mask_token_id
             slots, positions, mask = layout(tokens, starts, seen, size, T <= size, mask_id, drafts)
-            write, read = (rows[:, None], slots), (slice(B) if first_rows else rows, slice(seen))
-            hidden = window_pass(model, cache, tokens, positions, write, read, mask, has_masks)
+            read = slice(B) if first_rows else rows
+            window = Window(positions, (rows[:, None], slots), (read, slice(seen)), mask)
+            hidden = window_pass(model, cache, tokens, window, has_masks)
             return best_guesses(model, hidden.flatten(0, 1)[outputs], inputs[1], decoding)
 
         return Recorded(*inputs, self.capture(run, device) if self.record else run)

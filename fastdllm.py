@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import repeat
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
 def attention_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """A bool mask (B or 1, T or 1, S) as numbers to add: 0 where a key is seen, else minus infinity.
 
-    Returns (B or 1, 1, groups * T or 1, S): query heads of a group are rows of one product, and see the same.
+    Returns (B or 1, 1, groups * T or 1, S): the mask, repeated for each query head of a group.
     """
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)[:, None]
     return bias if mask.shape[1] == 1 else bias.repeat(1, 1, groups, 1)
@@ -125,9 +125,9 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every position of every row, allocated once and written in place.
 
-    A position has the slot of the same number, which every pass over it overwrites. Only a draft's masks may
-    lie elsewhere, see `draft_layout`. The block cache (paper, section 4) is the
-    slots of finished blocks; DualCache's sub-block cache is those of the block in work.
+    Position p has slot p, and every pass over p overwrites it. Only a draft's masks lie elsewhere, see
+    `draft_layout`. The slots of finished blocks are the block cache (paper, section 4). Those of the block in
+    work are DualCache's sub-block cache.
     """
 
     def __init__(self, config: Config, rows: int, length: int, weight: Tensor):
@@ -152,6 +152,8 @@ class KVCache:
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over another one, so that the rows in use stay the first ones."""
+        if source == target:
+            return
         self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
 
 
@@ -183,7 +185,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, and sin with its first half negated, (B, 1, T, d) in dtype, of positions (B, T)."""
+    """cos, and sin with its first half negated, (B or 1, 1, T, d) in dtype, of positions (B or 1, T)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -204,13 +206,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable, masked: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, attend: Callable, masked: Tensor | None) -> Tensor:
         B, T, _ = x.shape
-        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(
-            1, 2
-        )  # (B, T, heads * d) -> (B, heads, T, d)
+        heads = lambda y: y.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, d)
         q, k, v = (heads(project(x, masked)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(torch.cat([q, k], dim=1), *rope).split([q.shape[1], k.shape[1]], dim=1)
         y = attend(q, k, v)  # (B, H, T, d)
@@ -237,9 +235,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable, masked: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, attend: Callable, masked: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend, masked)
         return x + self.mlp(self.post_attention_layernorm(x), masked)
 
@@ -305,39 +301,36 @@ class Qwen2(nn.Module):
 # commit         rrrrrrrrrrrrrr   wwwwwwwwwwwwwwww      its last output: first token of the next block
 # fused          rrrrrrrrrrrrrr   wwwwwwwwwwwwwwwwwwwwwwwwwwwwwwww      a commit, and the next block
 
-PIECE = 512  # positions that run at once, of a longer prompt too: a mask's memory is quadratic in them
+PIECE = 512  # a longer window runs in pieces of so many positions: a mask's memory is quadratic in them
 
 
-def window_pass(
-    model: Qwen2,
-    cache: KVCache,
-    tokens: Tensor,
-    positions: Tensor,
-    write: tuple,
-    read: tuple,
-    mask: Tensor | None,
-    has_masks: bool,
-) -> Tensor:
-    """One pass over windows: hidden states (B, T, D) of tokens (B, T) at positions (B or 1, T).
+class Window(NamedTuple):
+    """Where a pass runs, and what its queries see."""
 
-    write, read: (rows, slots) of the cache, see `KVCache.update`. mask: which of the slots read each query
-    sees, (B or 1, T or 1, S) bool; None: all. With `has_masks` a loaded adapter is on at the masks. No shape
-    depends on the values of a tensor, so that a pass can be recorded.
+    positions: Tensor  # (B or 1, T)
+    write: tuple  # (rows, slots) of the cache for the new keys and values, see `KVCache.update`
+    read: tuple  # (rows, slots) whose keys are attended to
+    mask: Tensor | None  # which of the slots read each query sees, (B or 1, T or 1, S) bool; None: all
+
+
+def window_pass(model: Qwen2, cache: KVCache, tokens: Tensor, window: Window, has_masks: bool) -> Tensor:
+    """One pass over windows: hidden states (B, T, D) of tokens (B, T).
+
+    With `has_masks` a loaded adapter is on at the masks. No shape depends on the values of a tensor, so that
+    a pass can be recorded.
     """
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
-    bias = None if mask is None else attention_bias(mask, groups, model.weight.dtype)
+    bias = None if window.mask is None else attention_bias(window.mask, groups, model.weight.dtype)
 
     def attend(layer, q, k, v):
-        return grouped_attention(q, *cache.update(layer, k, v, write, read), bias)
+        return grouped_attention(q, *cache.update(layer, k, v, window.write, window.read), bias)
 
     adapted = has_masks and model.mask_row is not None
     masked = (tokens == model.config.mask_token_id)[..., None] if adapted else None
-    return model(tokens, positions, attend, masked)
+    return model(tokens, window.positions, attend, masked)
 
 
-def draft_layout(
-    tokens: Tensor, starts: Tensor, slots: Tensor, mask_id: int, width: int
-) -> tuple[Tensor, Tensor]:
+def draft_layout(tokens: Tensor, starts: Tensor, slots: Tensor, mask_id: int, width: int) -> tuple:
     """Positions (B, T) of windows with drafts, and which slots (S) each query sees, (B, T, S).
 
     A window (B, T), in the slots from `starts` (B, 1) on, is the last known token, its drafts, and for each
@@ -387,7 +380,7 @@ def layout(
 def run_window(
     model: Qwen2,
     tokens: Tensor,
-    starts: Sequence[int],
+    starts: list[int],
     cache: KVCache,
     block_size: int,
     rows: Sequence[int] | None = None,
@@ -406,14 +399,12 @@ def run_window(
     if T > piece:  # no block sees a later one, so pieces give the same
         aligned = all(start % block_size == 0 for start in starts)
         require(aligned, f"A window of more than {piece} positions must begin with a block.")
-        run_piece = lambda part, at: run_window(
-            model, part, [start + at for start in starts], cache, block_size, rows, has_masks
-        )
-        cuts = range(0, T, piece)
-        return torch.cat([run_piece(tokens[:, at : at + piece], at) for at in cuts], dim=1)
+        parts = [(tokens[:, at : at + piece], [start + at for start in starts]) for at in range(0, T, piece)]
+        run = lambda part, at: run_window(model, part, at, cache, block_size, rows, has_masks)
+        return torch.cat([run(*part) for part in parts], dim=1)
     seen = round_up(max(starts) + T, block_size)
     same_place = len(set(starts)) == 1
-    starts = list(starts)[:1] if same_place else list(starts)  # then all rows share positions and mask
+    starts = starts[:1] if same_place else starts  # then all rows share positions and mask
     one_block = all(start // block_size == (start + T - 1) // block_size for start in starts)
     first, mask_id = torch.tensor(starts, device=tokens.device)[:, None], model.config.mask_token_id
     if one_block and same_place and not draft_width:  # the block is the last one that is read: all is seen
@@ -421,13 +412,13 @@ def run_window(
         mask = None
     else:
         slots, positions, mask = layout(tokens, first, seen, block_size, one_block, mask_id, draft_width)
-    if rows == list(range(rows[0], rows[0] + B)):  # slices need no index tensors and read without a copy
-        read = slice(rows[0], rows[0] + B)
-        write = (read, slice(starts[0], starts[0] + T)) if same_place else None
-    else:
-        read, write = torch.tensor(rows, device=tokens.device), None
-    write = write or (torch.tensor(rows, device=tokens.device)[:, None], slots)
-    return window_pass(model, cache, tokens, positions, write, (read, slice(seen)), mask, has_masks)
+    in_order = rows == list(range(rows[0], rows[0] + B))  # slices then read without a copy
+    read = slice(rows[0], rows[0] + B) if in_order else torch.tensor(rows, device=tokens.device)
+    write = read, slice(starts[0], starts[0] + T)
+    if not (in_order and same_place):
+        write = torch.tensor(rows, device=tokens.device)[:, None], slots
+    window = Window(positions, write, (read, slice(seen)), mask)
+    return window_pass(model, cache, tokens, window, has_masks)
 
 
 # --- Guess and accept ---
@@ -459,19 +450,19 @@ def guess(logits: Tensor, decoding: "Decoding", draws: Tensor) -> tuple[Tensor, 
     p, ids = nucleus(logits, decoding.temperature, decoding.top_p)
     kept = (p > 0).sum(-1, keepdim=True)
     place = torch.searchsorted(p.cumsum(-1), draws[:, None], right=True)
-    place = place.minimum(kept - 1).clamp(min=0)  # the sum is rounded, so a draw may lie above it
+    # sums are rounded, so a draw may lie above them; rows of NaN keep nothing, and are reported later
+    place = place.minimum(kept - 1).clamp(min=0)
     return ids.gather(1, place)[:, 0], p.gather(1, place)[:, 0]
 
 
 def accept(
     confidence: list[float], threshold: float, count: int | None = None, prefix: bool = False
 ) -> list[int]:
-    """Which guesses are kept (paper, section 4): all above the threshold, and always the most confident one.
+    """Which guesses are kept (paper, section 4): indices into `confidence`, in order.
 
-    Indices into `confidence`, in order; strictly above, and the first one on ties, so that threshold 1 keeps
-    exactly one guess per pass. With a `count` it is that many, the most confident ones, whatever the
-    threshold. With `prefix` guesses are kept from the first one on while they are above the threshold, and
-    always the first.
+    Kept are all that are strictly above the threshold; if none is, the most confident one, the first on ties.
+    So threshold 1 keeps exactly one. With a `count`: the `count` most confident ones, and the threshold is
+    not read. With `prefix`: all before the first one that is not above the threshold, and always the first.
     """
     if count:
         return sorted(sorted(range(len(confidence)), key=lambda i: -confidence[i])[:count])
@@ -537,39 +528,28 @@ class Decoding:
                 ok, must = type(value) is int and low <= value <= high, f"be a whole number of at least {low}"
                 must += f" and at most {high}" * (high < math.inf)
             elif rule["kind"] is float:
-                ok, must = (
-                    isinstance(value, (int, float)) and low <= value <= high,
-                    f"lie in [{low:g}, {high:g}]",
-                )
+                ok = isinstance(value, (int, float)) and low <= value <= high
+                must = f"lie in [{low:g}, {high:g}]"
             else:
                 ok, must = type(value) is bool, "be True or False"
             require(ok or (value is None and default is None), f"{name} is {value!r}, it must {must}.")
         tiny = 0 < self.temperature < 1e-4  # logits divided by it would overflow
         require(not tiny, f"temperature is {self.temperature}, it must be 0 or at least 0.0001.")
         stop = self.stop_token_ids
-        ok = (
-            stop is None
-            or isinstance(stop, (tuple, list, set, frozenset))
-            and all(type(i) is int for i in stop)
-        )
-        require(ok, f"stop_token_ids is {stop!r}, it must be a list of token ids, or None.")
-        cached = not self.verify or self.cache == "block"
-        require(
-            cached, f"verify reads from the cache what it has written: cache must be block, not {self.cache}."
-        )
-        require(
-            not (self.verify and self.fuse_commit), "verify has no commit passes, so leave fuse_commit out."
-        )
+        ok = isinstance(stop, (tuple, list, set, frozenset)) and all(type(i) is int for i in stop)
+        require(ok or stop is None, f"stop_token_ids is {stop!r}, it must be a list of token ids, or None.")
+        if self.verify:
+            block = f"verify reads what it has cached, so cache must be block, not {self.cache}."
+            require(self.cache == "block", block)
+            require(not self.fuse_commit, "verify has no commit passes, so leave fuse_commit out.")
 
     def resolve(self, config: Config) -> "Decoding":
         """With the checkpoint's values for None. Raises InputError where checkpoint and options clash."""
         size, sub = self.block_size or config.block_size, self.sub_block_size
         has_mask = config.mask_token_id is not None
         if self.verify:
-            require(
-                has_mask,
-                "The checkpoint has no mask token, so it cannot draft; load an adapter, or adapt it.",
-            )
+            no_mask = "The checkpoint has no mask token, so it cannot draft; load an adapter, or adapt it."
+            require(has_mask, no_mask)
             ok = self.block_size in (None, 1, config.block_size)
             require(ok, f"verify reads as an AR model does, so leave block_size {size} out.")
             size = sub = 1
@@ -582,9 +562,7 @@ class Decoding:
         adapted = "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works."
         require(has_mask or size == 1, adapted)
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
-        part = (
-            8 if self.draft_ahead else 2
-        )  # of a block; the widest pass grows with the square of a draft ahead
+        part = 8 if self.draft_ahead else 2  # a pass that drafts ahead grows with the square of the width
         width = self.draft_width or config.draft_width or max(1, config.block_size // part)
         found = replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
         room = min(most, PIECE)
@@ -612,7 +590,7 @@ class Pass:
     guessed: list[int]  # positions to guess
     outputs: list[int]  # for each of them, the place in the window whose output predicts it
     draws: Tensor  # a uniform number for each of them, at temperatures above 0
-    committed: int  # after this pass, positions before this have their final keys and values in the cache
+    committed: int  # once it ran, earlier positions have their final keys and values in the cache
     row: int = 0  # the prompt's index
     revealed: list[Revealed] = field(default_factory=list)  # guesses that were kept
     refused: list[Revealed] = field(default_factory=list)  # drafts that verification did not confirm
@@ -621,7 +599,7 @@ class Pass:
 
     @property
     def stop(self) -> int:
-        """The first position after the window, which counts slots; a draft's last mask predicts this one."""
+        """The first position after the window; with drafts, whose masks share positions, the last guessed."""
         drafts = self.kind in ("draft", "verify")
         return self.guessed[-1] if drafts else self.start + len(self.tokens)
 
@@ -644,8 +622,9 @@ class Row:
         self.decoding, self.mask, self.index = decoding, mask, index
         self.tokens, self.final, self.prompt_length = list(prompt), len(prompt), len(prompt)
         self.limit, self.finish_reason = len(prompt) + decoding.max_new_tokens, None
+        self.planned: Pass | None = None  # its next pass, for `decode_rows`
         # The block of the prompt's last token always runs, since its last output may predict the first new
-        # token. Earlier blocks count as committed if they are in the cache, or if nothing is cached at all.
+        # token. Blocks before it are committed as far as the cache has them; with cache none, all count.
         before = (len(prompt) - 1) // decoding.block_size * decoding.block_size
         self.committed = before if decoding.cache == "none" else min(cached, before)
         self.block_cached = False
@@ -666,12 +645,10 @@ class Row:
         # wrote. Of the prompt this is the prefill. Where the next block has no token yet, the last output
         # predicts its first one. A fused pass also runs the next block, and guesses its first sub-block.
         if self.committed < begin:
-            guessed = [begin] if self.final == begin else []
-            if begin <= self.prompt_length:
-                return self.plan("prefill", start, begin, guessed, begin)
-            if self.decoding.fuse_commit and size > 1 and begin + 1 < self.limit:
-                return self.plan("fused", start, end, range(begin, begin + sub), begin)
-            return self.plan("commit", start, begin, guessed, begin)
+            kind = "prefill" if begin <= self.prompt_length else "commit"
+            if kind == "commit" and self.decoding.fuse_commit and size > 1 and begin + 1 < self.limit:
+                return self.plan("fused", start, end, list(range(begin, begin + sub)), begin)
+            return self.plan(kind, start, begin, [begin] if self.final == begin else [], begin)
 
         # 2. Sub-blocks are revealed from left to right: guess the masks of the first one that has any.
         low = self.tokens.index(self.mask, begin) // sub * sub
@@ -721,9 +698,8 @@ class Row:
         """
         for kept in pass_.revealed:
             self.tokens[kept.position : kept.position + 1] = [kept.token]  # replaces a mask, or is appended
-        while self.final < min(len(self.tokens), self.limit) and not self.finish_reason:
-            token = self.tokens[self.final]
-            if token == self.mask:
+        for token in self.tokens[self.final : self.limit]:
+            if token == self.mask or self.finish_reason:
                 break
             pass_.final.append(token)
             self.final += 1
@@ -735,13 +711,13 @@ class Row:
 
 
 class VerifiedRow(Row):
-    """A row whose guesses are only drafts: the model's AR reading decides, so the answer is AR's.
+    """A row that keeps only the guesses that AR decoding would choose, so the answer is AR's.
 
-    Everything is read with block size 1. A cycle is a draft pass, then a verify pass. The draft pass adds
-    AR's next token; the verify pass adds the drafts that AR agrees with, then AR's next token. Where no draft
-    is worth it, the verify pass is left out. With `draft_ahead` a verify pass also drafts what follows, for
-    every number of drafts that it may keep, and the next verify pass comes at once. After the prefill all but
-    the last known token is committed.
+    All passes have block size 1. Draft and verify passes take turns. A draft pass adds AR's next token, and
+    drafts what follows. A verify pass adds the drafts that AR agrees with, then AR's next token. If no draft
+    is worth verifying, another draft pass follows. With `draft_ahead` a verify pass also drafts, once for
+    each number of drafts that it may keep, and the next pass verifies again. After the prefill all but the
+    last known token is committed.
     """
 
     def __init__(self, *given, **more):
@@ -759,15 +735,14 @@ class VerifiedRow(Row):
         # drafts the position after it (token shift). Masks whose drafts could not be kept are left out.
         # 2. Verify: the last known token, then the drafts, all causal: the outputs are AR's predictions.
         # 3. Draft ahead: behind the drafts, a group of masks for each token that may be the last one kept.
-        kind = "verify" if self.drafts else "draft"
-        if kind == "draft":  # it adds a token, and so does its verification: no room for more drafts
-            masks = min(width, max(0, room - 2))
-        else:
-            masks = width if self.decoding.draft_ahead else 0
         self.drafts = self.drafts[: room - 1]
+        if self.drafts:
+            kind, masks = "verify", width if self.decoding.draft_ahead else 0
+        else:  # a draft pass adds a token, and so does its verification: no room for more drafts
+            kind, masks = "draft", min(width, max(0, room - 2))
         window = [self.tokens[start], *(draft.token for draft in self.drafts)]
-        # Each token of the window predicts the position after it. The masks of its group stand there and at
-        # the next ones, and predict one position more.
+        # The token at position i predicts position i + 1. The masks of its group are at i + 1, i + 2, ... and
+        # predict the position after their own.
         after = range(self.final, self.final + len(window))
         guessed = [*after, *(position + i for position in after for i in range(1, masks + 1))]
         draws = self.draw(guessed) if self.decoding.temperature else torch.empty(0)
@@ -788,14 +763,9 @@ class VerifiedRow(Row):
         self.finish(pass_)
 
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
-        """The drafts that are worth a verification: while all of them may still be right together."""
-        together, found = 1.0, []
-        for draft in drafts:
-            together *= draft.confidence
-            if together <= self.decoding.draft_confidence:
-                break
-            found.append(draft)
-        return found
+        """The first drafts, as long as the product of their confidences is above `draft_confidence`."""
+        together = accumulate((draft.confidence for draft in drafts), operator.mul)
+        return [draft for draft, p in zip(drafts, together) if p > self.decoding.draft_confidence]
 
     def draw(self, guessed: list[int]) -> Tensor:
         """The numbers that AR draws for these positions, the same in every pass: so samples are AR's too."""
@@ -809,16 +779,14 @@ def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> l
     try:
         prompt = [operator.index(token) for token in prompt]
     except TypeError:
-        raise InputError(
-            "Prompts are a list of lists of token ids; encode text first, and wrap one prompt."
-        ) from None
+        lists = "Prompts are a list of lists of token ids; encode text first, and wrap one prompt."
+        raise InputError(lists) from None
     vocab, limit = config.tokenizer_size or config.vocab_size, config.max_position_embeddings
     require(prompt, "The prompt is empty; give at least one token.")
     stray, mask = next((token for token in prompt if not 0 <= token < vocab), None), config.mask_token_id
     require(stray is None, f"The prompt has token id {stray}, outside the vocabulary of {vocab}.")
-    require(
-        mask not in prompt, f"The prompt has the mask token, id {mask}, which only the decoder may write."
-    )
+    ok = mask not in prompt
+    require(ok, f"The prompt has the mask token, id {mask}, which only the decoder may write.")
     total = len(prompt) + decoding.max_new_tokens
     sizes = f"{len(prompt)} prompt tokens and {decoding.max_new_tokens} new ones make {total} positions"
     require(total <= limit, f"{sizes}, the model has {limit}; lower max_new_tokens or shorten the prompt.")
@@ -834,11 +802,9 @@ class Memory:
 
     def recall(self, prompt: Sequence[int], block_size: int) -> int:
         """How many first positions of the prompt, whole blocks, are in the cache; the rest is forgotten."""
-        known, most = 0, min(len(self.tokens), len(prompt)) if block_size == self.block_size else 0
-        while known + block_size <= most:
-            if self.tokens[known : known + block_size] != list(prompt[known : known + block_size]):
-                break
-            known += block_size
+        kept = self.tokens if block_size == self.block_size else []
+        equal = [a == b for a, b in zip(kept, prompt)]
+        known = [*equal, False].index(False) // block_size * block_size
         self.tokens, self.block_size = self.tokens[:known], block_size
         return known
 
@@ -858,20 +824,17 @@ def decode(
 ) -> Iterator[Pass]:
     """Decode prompts (lists of token ids), yielding each `Pass` of each row once it is complete.
 
-    Each row advances independently; rows that need windows of equal width share a forward pass, and so do
-    prompts of nearly the same length. A finished row leaves its place to the next prompt. A row's tokens are
-    those of its prompt decoded alone; in bfloat16 up to rounding, which depends on the shapes that share a
-    pass.
-    memory: for one prompt only; what an earlier call has committed is not run again.
+    Each row advances independently. Rows with windows of equal width share a forward pass, and so do prompts
+    of nearly the same length. A finished row's place goes to the next prompt. A prompt gets the tokens that
+    it gets alone; in bfloat16 up to rounding, which depends on what shares its passes.
+    memory: for one prompt of one model; what an earlier call has committed is not run again.
     recorded: `fast.RecordedPasses`, for CUDA.
     Raises InputError, before anything runs, for options or prompts that cannot work.
     """
     decoding = decoding.resolve(model.config)
     prompts = [check_prompt(prompt, decoding, model.config) for prompt in prompts]
     require(memory is None or len(prompts) == 1, f"A memory serves one prompt, not {len(prompts)}.")
-    require(
-        memory is None or recorded is None, "Recorded passes have a cache of their own; leave the memory out."
-    )
+    require(not (memory and recorded), "Recorded passes have a cache of their own; leave the memory out.")
     return decode_rows(model, prompts, decoding, memory, recorded)
 
 
@@ -890,17 +853,18 @@ def decode_rows(
         cache = memory and memory.cache or KVCache(model.config, places, length, model.weight)
         cache.grow(length)
     waiting = iter(enumerate(prompts))
-    kind = VerifiedRow if decoding.verify else Row
+    row_class = VerifiedRow if decoding.verify else Row
 
     def admit(place: int) -> Row | None:
         """The next waiting prompt, if any, as the row at this place of the cache."""
-        for index, prompt in waiting:
-            cached = memory.recall(prompt, size) if memory else 0
-            cache.clear(place, cached)
-            row = kind(prompt, decoding, model.config.mask_token_id, cached, index)
-            row.planned = row.next_pass()
-            return row
-        return None
+        index, prompt = next(waiting, (None, None))
+        if prompt is None:
+            return None
+        cached = memory.recall(prompt, size) if memory else 0
+        cache.clear(place, cached)
+        row = row_class(prompt, decoding, model.config.mask_token_id, cached, index)
+        row.planned = row.next_pass()
+        return row
 
     try:
         rows = [admit(place) for place in range(places)]
@@ -924,23 +888,21 @@ def decode_rows(
             # 4. the next prompts take the places of finished rows; without any, the last row moves there
             for place in reversed(group):  # from the back: the row that moves has not finished
                 if rows[place].finish_reason:
-                    row = admit(place)
-                    if not row:
-                        row = rows.pop()
-                        if place == len(rows):  # it was the last one itself
-                            continue
-                        cache.move(len(rows), place)
-                    rows[place] = row
+                    if row := admit(place):
+                        rows[place] = row
+                    else:
+                        cache.move(len(rows) - 1, place)
+                        rows[place] = rows[-1]
+                        rows.pop()
     finally:  # also where the caller breaks off
         if recorded:
             recorded.release()
 
 
 def shared_width(pass_: Pass, decoding: Decoding) -> tuple[bool, int]:
-    """Passes that agree in this can run as one: whether it is a prefill, and its width after padding.
+    """Passes of equal key run as one; the key is whether the pass is a prefill, and a width.
 
-    Prefills of nearly the same length share a pass, and so do passes that verify any number of drafts; the
-    shorter ones are padded to the longest of them.
+    The width is a prefill's rounded up to 64, the widest possible one of a verification, else the pass's own.
     """
     if pass_.kind == "prefill":
         return True, round_up(len(pass_.tokens), 64)
@@ -954,13 +916,13 @@ def widest(decoding: Decoding) -> int:
 
 
 def run_passes(
-    model: Qwen2, cache: KVCache, slots: list[int], passes: list[Pass], decoding: Decoding, recorded=None
+    model: Qwen2, cache: KVCache, places: list[int], passes: list[Pass], decoding: Decoding, recorded
 ) -> list[list]:
-    """Run passes of one `shared_width` as one forward pass; pass i belongs to row `slots[i]` of the cache.
+    """Run passes of one `shared_width` as one forward pass; pass i belongs to row `places[i]` of the cache.
 
     Returns the guesses (token, confidence, runner-up) of each pass. Shorter windows are padded on the right.
-    Their own tokens never attend to padding: only prefills and verifications are padded, whose windows end
-    with a whole block. Padding's slots are overwritten before they are read.
+    Only prefills and verifications are padded. They end with a whole block, so their tokens do not see the
+    padding. Later passes overwrite the padding's slots before they read them.
     """
     width = max(len(pass_.tokens) for pass_ in passes)
     outputs = [n * width + place for n, pass_ in enumerate(passes) for place in pass_.outputs]
@@ -969,30 +931,27 @@ def run_passes(
     starts = [pass_.start for pass_ in passes]
     has_masks = any(model.config.mask_token_id in pass_.tokens for pass_ in passes)
     if recorded and passes[0].kind != "prefill":
-        found = recorded.run(cache, slots, tokens, starts, outputs, draws, decoding, has_masks)
+        found = recorded.run(places, tokens, starts, outputs, draws, decoding, has_masks)
     else:
         device = model.weight.device
         drafts = decoding.draft_width if decoding.verify and has_masks else None
-        hidden = run_window(
-            model, tokens.to(device), starts, cache, decoding.block_size, slots, has_masks, drafts
-        )
+        size, tokens = decoding.block_size, tokens.to(device)
+        hidden = run_window(model, tokens, starts, cache, size, places, has_masks, drafts)
         if not outputs:
             return [[] for _ in passes]
-        found = best_guesses(
-            model, hidden.flatten(0, 1)[torch.tensor(outputs, device=device)], draws, decoding
-        )
+        hidden = hidden.flatten(0, 1)[torch.tensor(outputs, device=device)]
+        found = best_guesses(model, hidden, draws, decoding)
     table = found.tolist()  # the pass's one transfer back
     nan = any(math.isnan(confidence) for _, confidence, *_ in table)
     require(not nan, "The model's output is NaN; in float16 it may overflow, then bfloat16 or float32 works.")
-    pair = lambda token, confidence: (int(token), confidence)
-    guesses = iter([(*pair(*row[:2]), pair(*row[2:]) if row[2:] else None) for row in table])
+    guesses = ((int(t), c, (int(more[0]), more[1]) if more else None) for t, c, *more in table)
     return [[next(guesses) for _ in pass_.guessed] for pass_ in passes]
 
 
 def best_guesses(model: Qwen2, hidden: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
-    """Guesses of hidden states (N, D), float32: token, confidence, and if asked the runner-up's; (N, 2 or 4).
+    """The guess of each hidden state (N, D): token and confidence, (N, 2); with the runner-up's, (N, 4).
 
-    float32 holds any id below 2**24.
+    All are float32, which holds any id below 2**24.
     """
     mask_id, size = model.config.mask_token_id, model.config.tokenizer_size
 
@@ -1183,7 +1142,7 @@ def read_json(path: Path) -> dict:
 
 
 def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | None = None) -> Path:
-    """The folder: `path`, or the download of a Hub id: `files`, else a checkpoint with or without weights."""
+    """The folder `path`, or where the Hub id `path` is downloaded to: only `files`, else a checkpoint's."""
     if Path(path).is_dir():
         return Path(path)
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
@@ -1347,12 +1306,12 @@ def load(
     the embedding's dtype in the file. adapter: see `load_adapter`. Raises InputError naming the file, key or
     tensor that is wrong.
     """
-    device, kind = pick_device(device), DTYPES.get(dtype, dtype)
-    require(kind in DTYPES.values(), f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
+    device, wanted = pick_device(device), DTYPES.get(dtype, dtype)
+    require(wanted in DTYPES.values(), f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
     folder, config, tokenizer = read_checkpoint(path)
     with torch.device("meta"):
         model = Qwen2(config)
-    load_weights(model, folder, device, kind)
+    load_weights(model, folder, device, wanted)
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval(), tokenizer
@@ -1397,10 +1356,7 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     dtype = str(model.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
     files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
-    try:
-        replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
-    except SafetensorError as error:
-        raise OSError(f"{folder / 'model.safetensors'}: cannot be written ({brief(error)})") from None
+    write_tensors(folder / "model.safetensors", weights)
     (folder / INDEX).unlink(missing_ok=True)  # an older checkpoint's index would name other files
     for name, content in files.items():
         replace_file(folder / name, partial(Path.write_bytes, data=content))
@@ -1423,12 +1379,20 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`replace_file` for a safetensors file. Raises OSError where it cannot be written."""
+    try:
+        replace_file(path, lambda part: save_file(tensors, part, {"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({brief(error)})") from None
+
+
 # --- Adapter ---
-# A low-rank adapter (LoRA) that is on at masks only. It teaches a model to draft and leaves what the model
-# says as it is. Its folder has PEFT's layout, and keeps the embedding of masks as PEFT keeps trained rows.
+# A low-rank adapter (LoRA) that is on at masks only: the model learns to draft, and its own predictions stay
+# the same. The folder has PEFT's layout, and the embedding of masks is stored as PEFT stores trained rows.
 
 MASK_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -1489,10 +1453,8 @@ def adapter_tensors(model: Qwen2) -> dict[str, Tensor]:
 def base_digest(model: Qwen2) -> str:
     """A name for a model's weights, from a few of its tensors in their bytes."""
     layers, digest = model.model.layers, hashlib.sha256()
-    for weight in (
-        model.model.norm.weight,
-        *(layer.self_attn.q_proj.weight for layer in (layers[0], layers[-1])),
-    ):
+    first, last = (layer.self_attn.q_proj.weight for layer in (layers[0], layers[-1]))
+    for weight in (model.model.norm.weight, first, last):
         digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -1517,10 +1479,9 @@ def save_adapter(model: Qwen2, folder: str | os.PathLike, alpha: float, base: st
         "draft_width": model.config.draft_width,
         "base_digest": digest,
     }
-    write = lambda path: save_file(tensors, path, {"format": "pt"})
-    replace_file(folder / ADAPTER_FILES[1], write)
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors)
     content = json.dumps(config, indent=2) + "\n"
-    replace_file(folder / ADAPTER_FILES[0], partial(Path.write_text, data=content))
+    replace_file(folder / ADAPTER_CONFIG, partial(Path.write_text, data=content))
 
 
 @torch.no_grad()
@@ -1530,35 +1491,34 @@ def load_adapter(model: Qwen2, path: str | os.PathLike) -> Qwen2:
     A base without a mask token gets the adapter's mask id. Raises InputError, and leaves the model as it was,
     for an adapter of another shape or kind. Warns where the base's weights are not those it was trained on.
     """
+    require(not model.prepacked, "A prepacked model takes no adapter; load it before `prepack`.")
     folder = locate(path, files=ADAPTER_FILES)
-    there = (folder / ADAPTER_FILES[0]).is_file()
-    require(there, f"{folder}: no adapter, {ADAPTER_FILES[0]} is missing.")
-    raw, c = read_json(folder / ADAPTER_FILES[0]), model.config
+    raw, c = read_json(folder / ADAPTER_CONFIG), model.config
     r, alpha, ids = raw.get("r"), raw.get("lora_alpha"), raw.get("trainable_token_indices")
-    kind = raw.get("peft_type") == "LORA" and raw.get("masks_only") is True
-    require(kind, f"{folder}: is no adapter that is on at masks only; merge an ordinary one into its base.")
-    whole = type(r) is int and type(alpha) in (int, float) and isinstance(ids, list) and len(ids) == 1
-    require(whole, f"{folder}: needs r, lora_alpha and one id in trainable_token_indices.")
+    ok = raw.get("peft_type") == "LORA" and raw.get("masks_only") is True
+    require(ok, f"{folder}: is no adapter that is on at masks only; merge an ordinary one into its base.")
+    ok = type(r) is int and is_number(-1e9, 1e9)(alpha) and isinstance(ids, list) and len(ids) == 1
+    require(ok, f"{folder}: needs r, lora_alpha and one id in trainable_token_indices.")
     width = raw.get("draft_width")
-    ok = width is None or type(width) is int and 1 <= width <= c.max_position_embeddings
-    require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number of at least 1.")
+    most = c.max_position_embeddings
+    ok = width is None or type(width) is int and 1 <= width <= most
+    require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number from 1 to {most}.")
     fits = type(ids[0]) is int and 0 <= ids[0] < c.vocab_size and c.mask_token_id in (None, ids[0])
     require(fits, f"{folder}: its mask is id {ids[0]}, the base's {c.mask_token_id} of {c.vocab_size}.")
-    sizes = {name: tuple(shape) for name, shape in tensor_shapes(folder / ADAPTER_FILES[1]).items()}
-    shapes = {MASK_ROW: (1, c.hidden_size)}
+    found, wanted = tensor_shapes(folder / ADAPTER_WEIGHTS), {MASK_ROW: [1, c.hidden_size]}
     for name, layer in adapted_layers(model).items():
         out_size, in_size = layer.weight.shape
-        shapes |= dict(zip(names_of(name), ((r, in_size), (out_size, r))))
-    wrong = {name for name, _ in shapes.items() ^ sizes.items()}
-    require(not wrong, f"{folder}: does not fit this base; of another shape: {min(wrong, default='')}.")
+        wanted |= zip(names_of(name), ([r, in_size], [out_size, r]))
+    wrong = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    problem = f"does not fit this base; of another shape: {brief(min(wrong, default=''))}"
+    require(not wrong, f"{folder}: {problem}.")
     add_adapter(model, r, alpha)
-    with safe_open(folder / ADAPTER_FILES[1], "pt") as weights:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
         for name, tensor in adapter_tensors(model).items():
             tensor.copy_(weights.get_tensor(name))
     model.config = replace(c, mask_token_id=ids[0], draft_width=width)
     if raw.get("base_digest") != base_digest(model):
         base = brief(raw.get("base_model_name_or_path"))
-        warnings.warn(
-            f"{folder}: was trained on other weights, {base}; few drafts may be right.", stacklevel=2
-        )
+        problem = f"{folder}: was trained on other weights, {base}; few drafts may be right."
+        warnings.warn(problem, stacklevel=2)
     return model

@@ -46,7 +46,7 @@ from speed import SHAPES, build, cost, limits, wait  # noqa: E402
 import cli  # noqa: E402
 import fastdllm  # noqa: E402
 from fast import PrepackedLinear, RecordedPasses, prepack  # noqa: E402
-from fastdllm import KVCache, Pass, Qwen2, block_causal_mask, unparse_config, window_pass  # noqa: E402
+from fastdllm import KVCache, Pass, Qwen2, Window, block_causal_mask, unparse_config, window_pass  # noqa: E402
 
 WINDOWS, BLOCK = (1, 8, 32), 32
 
@@ -80,7 +80,7 @@ def one_pass(model: Qwen2, batch: int, width: int, seen: int, masked: bool = Tru
     # as in a recorded pass, whose positions vary
     mask = block_causal_mask(positions[:, -1:], torch.arange(seen, device=device), size) if masked else None
     write, read = (torch.arange(batch, device=device)[:, None], positions), (slice(batch), slice(seen))
-    return partial(window_pass, model, cache, tokens, positions, write, read, mask, False)
+    return partial(window_pass, model, cache, tokens, Window(positions, write, read, mask), False)
 
 
 def linears(model: Qwen2) -> list[nn.Linear]:
