@@ -24,9 +24,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cli import locked, options, own_device, reports_mistakes, several
+from cli import HELP_OPTIONS, encode_prompt, locked, options, own_device, reports_mistakes, several
 from fast import blockwise_attention, plain_attention, sparse_attention, sparse_mask, to_int8
 from fastdllm import (
     DTYPES,
@@ -153,18 +153,16 @@ def training_attention(
         sees = visibility(length, block_size, views, documents, clean)
         tiles = sparse_mask(sees, None if documents is None else len(documents), side, device)
         return lambda layer, *qkv: sparse_attention(*qkv, tiles)
-    dense = partial(training_mask, length, documents=documents, device=device)
     if kind == "dense":
-        mask = dense(block_size, views, clean=clean).view(-1, side, side)
+        mask = training_mask(length, block_size, views, documents, device, clean).view(-1, side, side)
         bias = lambda q, k: attention_bias(mask, q.shape[1] // k.shape[1], q.dtype)
         return lambda layer, q, k, v: grouped_attention(q, k, v, bias(q, k))
-    # without views a block is only a piece of the work, and 32 is a good size for it
+    # without views the row may be cut anywhere, and 32 positions at a time are fast
     piece = block_size if views else max(block_size, min(length, 32))
     piece = piece if length % piece == 0 else length
-    square = lambda mask: mask.view(-1, length, length)
-    blocks_decide = documents is None and piece == block_size
-    noisy_mask = None if blocks_decide else square(dense(block_size, 0))
-    clean_mask = noisy_mask if clean == "block" else square(dense(block_size, 0, clean="causal"))
+    among = lambda c: training_mask(length, block_size, 0, documents, device, c).view(-1, length, length)
+    noisy_mask = None if documents is None and piece == block_size else among("block")
+    clean_mask = noisy_mask if clean == "block" else among("causal")
     how = {"length": length, "block_size": piece, "views": views}
     return lambda layer, *qkv: blockwise_attention(*qkv, clean_mask, noisy_mask, **how)
 
@@ -177,16 +175,15 @@ def first_of(documents: Tensor) -> Tensor:
     return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
 
 
-def positions_of(documents: Tensor) -> Tensor:
-    """Positions (B, L) that start at 0 in each document of a row."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    return index - (index * first_of(documents)).cummax(dim=1).values
+def positions_of(tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """Positions (B or 1, L) of tokens (B, L); they start at 0 in each document."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return index if documents is None else index - (index * first_of(documents)).cummax(dim=1).values
 
 
 def targets_of(trainable: Tensor, documents: Tensor | None) -> Tensor:
     """Positions (B, L) that can be targets: trainable and not first in their document."""
-    one_document = torch.zeros_like(trainable)
-    return trainable & ~first_of(one_document if documents is None else documents)
+    return trainable & ~first_of(torch.zeros_like(trainable) if documents is None else documents)
 
 
 def noisy_views(trainable: Tensor, masked: Tensor, complement: bool) -> Tensor:
@@ -228,9 +225,9 @@ def diffusion_pass(
     ok = L % size == 0
     require(ok, f"The rows have {L} positions, no multiple of the block size {size}; pad them with masks.")
     noisy = tokens[:, None].masked_fill(views, mask_id).flatten(1)  # (B, V * L)
-    index = torch.arange(L, device=tokens.device)[None] if documents is None else positions_of(documents)
+    positions = positions_of(tokens, documents).repeat(1, V + 1)
     attend = training_attention(attention, L, size, V, documents, tokens.device, clean)
-    hidden = model(torch.cat([noisy, tokens], dim=1), index.repeat(1, V + 1), attend, masked)
+    hidden = model(torch.cat([noisy, tokens], dim=1), positions, attend, masked)
     return hidden.unflatten(1, (V + 1, L))
 
 
@@ -238,9 +235,8 @@ def causal_pass(
     model: Qwen2, tokens: Tensor, documents: Tensor | None = None, attention: str = "auto", masked=None
 ) -> Tensor:
     """Hidden states (B, L, D) of an ordinary causal pass over tokens; `masked` as in `diffusion_pass`."""
-    index = torch.arange(tokens.shape[1], device=tokens.device)[None]
     attend = training_attention(attention, tokens.shape[1], 1, 0, documents, tokens.device)
-    return model(tokens, index if documents is None else positions_of(documents), attend, masked)
+    return model(tokens, positions_of(tokens, documents), attend, masked)
 
 
 def predictions(hidden: Tensor, tokens: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,13 +277,14 @@ def training_loss(
 ) -> Tensor:
     """The adaptation's loss, a scalar: token-shifted cross entropy of complementary views (paper, section 3).
 
-    tokens (B, L) and trainable (B, L) bool; `block_size` defaults to the checkpoint's. Output i predicts
-    token i + 1 if that is masked, so a document's first position is never a target. The sum over the views is
-    divided by the number of targets. masked (B, L) bool: what view 1 masks (default: drawn). documents
-    (B, L): document numbers of a row; documents begin on block boundaries and do not see each other (default:
-    one document). Without `complement` there is no view 2. One clean copy serves both views, so a row costs
-    3L tokens. Raises InputError for a length that is no multiple of the block size, or a model without a mask
-    token.
+    tokens (B, L); trainable (B, L) bool. masked (B, L) bool: what view 1 masks (default: drawn). documents
+    (B, L): document numbers; a document begins on a block boundary and sees no other (default: one document).
+    Without `complement` there is no view 2. `block_size` defaults to the checkpoint's.
+
+    Output i predicts token i + 1 if that is masked, so a document's first position is never a target. The sum
+    over the views is divided by the number of targets. One clean copy serves both views, so a row costs 3L
+    tokens. A run uses `Objective` and `Trainer.step`, which count targets over all processes. Raises
+    InputError as `diffusion_pass` does.
     """
     size = block_size or model.config.block_size
     masked = complementary_noise(trainable, size) if masked is None else masked & trainable
@@ -329,19 +326,19 @@ def chat_document(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int]
 
 
 def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of one JSON object, and which are trainable. Raises some error for other objects."""
+    """Token ids of one JSON object, and which are trainable. Other objects raise KeyError or the like."""
     if "token_ids" in record:  # an answer that `cli.py generate --output` wrote, token by token
-        asked = lambda: record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-        prompt = record["prompt_ids"] if "prompt_ids" in record else tokenizer.chat(asked())
-        answer = record["token_ids"]
+        prompt, answer = encode_prompt(record, tokenizer), record["token_ids"]
         return prompt + answer, [False] * len(prompt) + [True] * len(answer)
     if "text" in record:
         end = tokenizer.id("<|endoftext|>")
         tokens = tokenizer.encode(record["text"]) + ([] if end is None else [end])
         return tokens, [True] * len(tokens)
-    roles = ("user", "question"), ("assistant", "answer")
-    pair = lambda: [{"role": role, "content": record[key]} for role, key in roles]
-    return chat_document(record.get("messages") or pair(), tokenizer)
+    messages = record.get("messages") or [
+        {"role": "user", "content": record["question"]},
+        {"role": "assistant", "content": record["answer"]},
+    ]
+    return chat_document(messages, tokenizer)
 
 
 def read_documents(
@@ -384,31 +381,33 @@ class Corpus:
         self.tokens, self.trainable, self.offsets = tokens, trainable, offsets
 
     @classmethod
-    def open(cls, folder: Path) -> "Corpus":
-        """Map `prepare`'s files into memory. Raises InputError where they do not fit together."""
+    def open(cls, folder: Path, check: bool = False) -> "Corpus":
+        """Map `prepare`'s files into memory; `check` their sums. Raises InputError where they are damaged."""
         try:
-            mapped = partial(np.memmap, mode="r")
-            tokens = mapped(folder / "tokens.bin", dtype=read_json(folder / "meta.json")["dtype"])
+            meta, mapped = read_json(folder / "meta.json"), partial(np.memmap, mode="r")
+            tokens = mapped(folder / "tokens.bin", dtype=meta["dtype"])
             trainable, offsets = mapped(folder / "trainable.bin", dtype=bool), np.load(folder / "offsets.npy")
-            complete = bool(offsets[-1] == len(tokens) == len(trainable))
+            intact = bool(offsets[-1] == len(tokens) == len(trainable))
+            if check:
+                intact &= meta.get("sha256") == {file: file_hash(folder / file) for file in CORPUS_FILES}
         except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
-            complete = False
-        require(complete, f"{folder}: its files are damaged; remove it, and it is made again.")
+            intact = False
+        require(intact, f"{folder}: its files are damaged; remove it, and it is made again.")
         return cls(tokens, trainable, offsets)
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    def piece(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and trainable of [start, stop) of a document, cut at its end."""
+    def piece(self, document: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and trainable of [start, stop) of a document, cut at its end; by default all of it."""
         low, end = self.offsets[document : document + 2]
-        where = slice(low + start, min(low + stop, end))
+        where = slice(low + start, end if stop is None else min(low + stop, end))
         return self.tokens[where], self.trainable[where]
 
     @staticmethod
     def content(data: Path, folder: Path) -> str:
-        """sha256 of the data. If the file's size and time are unchanged, the hash is read from meta.json."""
+        """sha256 of the data; read from meta.json if the size and time noted there are still the file's."""
         meta = (data if data.is_dir() else folder) / "meta.json"
         known = read_json(meta) if meta.is_file() else {}
         if data.is_dir() or known.get("file") == file_status(data):
@@ -416,9 +415,12 @@ class Corpus:
         return file_hash(data)
 
     @classmethod
-    def prepare(cls, data: Path, tokenizer: Tokenizer, folder: Path, broken: str = "refuse") -> "Corpus":
+    def prepare(
+        cls, data: Path, tokenizer: Tokenizer, folder: Path, broken="refuse", content: str | None = None
+    ) -> "Corpus":
         """Open tokenised data. If `data` is a JSONL file, tokenise it into `folder`, unless it is there.
 
+        content: what `Corpus.content` has found, if it was called already.
         Raises InputError for broken lines, data without documents, tokens of another tokenizer, and damaged
         files.
         """
@@ -426,11 +428,12 @@ class Corpus:
         if data.is_dir():
             same = read_json(data / "meta.json").get("tokenizer") == name
             require(same, f"{data}: was not tokenised with this tokenizer; give its JSONL file.")
-            return cls.verified(data)
+            return cls.open(data, check=True)
         dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
-        made_of = {"content": cls.content(data, folder), "tokenizer": name, "dtype": dtype, "broken": broken}
+        content = content or cls.content(data, folder)
+        made_of = {"content": content, "tokenizer": name, "dtype": dtype, "broken": broken}
         if (folder / "meta.json").is_file() and made_of.items() <= read_json(folder / "meta.json").items():
-            return cls.verified(folder)
+            return cls.open(folder, check=True)
         for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
             shutil.rmtree(old, ignore_errors=True)
         part, offsets = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), [0]
@@ -453,14 +456,6 @@ class Corpus:
             shutil.rmtree(part, ignore_errors=True)
         return cls.open(folder)
 
-    @classmethod
-    def verified(cls, folder: Path) -> "Corpus":
-        """`open`, where the files' checksums are those of `prepare`. Raises InputError otherwise."""
-        corpus, known = cls.open(folder), read_json(folder / "meta.json").get("sha256")
-        intact = known == {file: file_hash(folder / file) for file in CORPUS_FILES}
-        require(intact, f"{folder}: its files are damaged; remove it, and it is made again.")
-        return corpus
-
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's content."""
@@ -476,7 +471,7 @@ def file_status(path: Path) -> list[int]:
 
 # --- Packing ---
 
-Piece = tuple[int, int, int]  # a document, and [start, stop) of it; beyond the document's end it is padding
+Piece = tuple[int, int, int]  # (document, start, stop): its positions; those beyond its end are padding
 
 
 def pack(
@@ -489,27 +484,21 @@ def pack(
     """
     rows, order = [], rng.permutation(len(lengths)).tolist()
     if packing == "documents":
-        room, sizes = defaultdict(list), 0  # free positions -> rows; bit n of sizes: some row has n free ones
+        room = [[] for _ in range(seq_len)]  # number of free positions -> rows
         for document in order:
             for start in range(0, lengths[document], seq_len):
                 need = round_up(int(min(lengths[document] - start, seq_len)), block_size)
-                if fits := sizes >> need:
-                    free = need + (fits & -fits).bit_length() - 1
-                    row = room[free].pop()
-                    if not room[free]:
-                        sizes ^= 1 << free  # no row with so many free positions is left
-                else:
-                    free, row = seq_len, []
+                free = next((n for n in range(need, seq_len, block_size) if room[n]), seq_len)
+                row = room[free].pop() if free < seq_len else []
+                if not row:
                     rows.append(row)
                 row.append((document, start, start + need))
-                if free > need:
-                    room[free - need].append(row)
-                    sizes |= 1 << (free - need)
+                room[free - need].append(row)
         return [rows[i] for i in rng.permutation(len(rows))]
     row, filled = [], 0
     for document in order:
         length = int(lengths[document])
-        whole = length // block_size * block_size + block_size if packing == "original" else length
+        whole = round_up(length + 1, block_size) if packing == "original" else length
         start = 0
         while start < whole:
             stop = min(whole, start + seq_len - filled)
@@ -521,11 +510,13 @@ def pack(
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-def endless_rows(lengths: np.ndarray, *how, seed: int) -> Iterator[list[Piece]]:
-    """Packed rows, epoch after epoch: a function of the arguments alone."""
+def endless_rows(
+    lengths: np.ndarray, seq_len: int, block_size: int, packing: str, seed: int
+) -> Iterator[list[Piece]]:
+    """Packed rows, epoch after epoch; the same arguments give the same rows."""
     for epoch in count():
-        rows = pack(lengths, *how, np.random.default_rng([seed, epoch]))
-        enough = f"The data does not fill one row of {how[0]} positions; give more, or a lower --seq-len."
+        rows = pack(lengths, seq_len, block_size, packing, np.random.default_rng([seed, epoch]))
+        enough = f"The data does not fill one row of {seq_len} positions; give more, or a lower --seq-len."
         require(rows, enough)
         yield from rows
         del rows  # frees them before the next epoch's are made
@@ -556,7 +547,7 @@ class Batch:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copied without waiting for what the device still computes, which takes pinned memory."""
+    """A copy on the device. On CUDA it uses pinned memory, so that it need not wait for running work."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -613,17 +604,19 @@ def wait_for_all() -> None:
 
 def first_process(work: Callable[[], None]) -> None:
     """Run long work in the first process while the others wait; its mistakes are raised in all of them."""
+    if not dist.is_initialized():
+        work()
+        return
     problem = [None]
     # this group waits up to a day; the main group keeps its 30 minutes, so a hanging step still fails soon
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if rank() == 0:
         try:
             work()
         except (InputError, OSError) as error:
             problem = [str(error)]
-    if patient is not None:
-        dist.broadcast_object_list(problem, group=patient)
-        dist.destroy_process_group(patient)
+    dist.broadcast_object_list(problem, group=patient)
+    dist.destroy_process_group(patient)
     require(problem[0] is None, problem[0])
 
 
@@ -643,7 +636,7 @@ def processes(device: str) -> Iterator[str]:
 
 
 class Adapter(nn.Module):
-    """Low-rank layers for a model, and an embedding of masks, as one module of float32 weights.
+    """An adapter's weights as one float32 module: low-rank layers, and an embedding of masks.
 
     The optimiser and the checkpoints see it; the model's own state dict stays the base's.
     """
@@ -660,15 +653,13 @@ class Adapter(nn.Module):
         self.mask_row = nn.Parameter(mask_row.detach().float().clone())
 
     def lend(self, model: Qwen2) -> None:
-        """Make the trained row the model's embedding of masks.
-
-        It is passed as a view: assigning a parameter would register it in the model.
-        """
+        """Make the trained row the model's embedding of masks."""
+        # a view of it, since assigning a parameter would register it in the model
         model.mask_row = self.mask_row.view(-1).to(model.weight.dtype)
 
 
 class Objective(nn.Module):
-    """Model and losses as one module: its forward pass is all that has gradients, as DDP and FSDP ask for."""
+    """Model and losses as one module: DDP and FSDP need all that has gradients in one forward pass."""
 
     def __init__(self, model: Qwen2, how: "Training"):
         super().__init__()
@@ -677,7 +668,7 @@ class Objective(nn.Module):
             mask_id = model.config.mask_token_id
             self.adapter = Adapter(model, how.lora, 2.0 * how.lora, how.seed, model.weight[mask_id])
             model.requires_grad_(False)
-            # Qwen2.forward would put this row at every position, since `masked` is True everywhere
+            # `masked` is True everywhere, so Qwen2.forward would put this row everywhere; the hook does not
             model.mask_row = None
             model.model.embed_tokens.register_forward_hook(self.embed_masks)
 
@@ -701,7 +692,9 @@ class Objective(nn.Module):
                 hidden = diffusion_pass(model, tokens, views, documents, clean=self.how.clean, masked=on)
                 found["diffusion"] = score(model, *predictions(hidden, tokens, outputs["diffusion"]))
             if "ar" in outputs:
-                made = found and self.how.clean == "causal"  # the clean copy is an ordinary causal pass
+                made = (
+                    "diffusion" in outputs and self.how.clean == "causal"
+                )  # the clean copy is an ordinary causal pass
                 hidden = hidden[:, -1] if made else causal_pass(model, tokens, documents, masked=on)
                 found["ar"] = score(model, *predictions(hidden, tokens, outputs["ar"]))
         return found
@@ -710,9 +703,9 @@ class Objective(nn.Module):
 def distribute(objective: Objective, how: "Training") -> nn.Module:
     """Ready for several processes: DDP, where each has all weights, or FSDP2, where each has a share of them.
 
-    Trained weights are float32 from here on, frozen ones in the compute dtype. With `recompute` only the
-    layers' inputs are kept for the backward pass. FSDP2 sends weights in the compute dtype, and the residual
-    stream is in it too. With low-rank layers the residual stream is also in it, otherwise it is float32.
+    Trained weights are float32 from here on, frozen ones in the compute dtype. The residual stream is in the
+    compute dtype under FSDP2 and with low-rank layers, else float32. FSDP2 also sends weights in the compute
+    dtype. With `recompute` only the layers' inputs are kept for the backward pass.
     """
     layers = objective.model.model.layers
     if how.recompute:
@@ -761,27 +754,24 @@ def checkpoints(out: Path) -> list[Path]:
 def last_good(out: Path) -> str:
     """Words for the last checkpoint whose files are as they were written."""
     for place in reversed(checkpoints(out)):
-        try:
-            intact_shares(place)
+        with suppress(InputError, OSError):
+            check_shares(place)
             return f"the last good checkpoint is {place}"
-        except (InputError, OSError):
-            continue
     return "there is no good checkpoint"
 
 
-def intact_shares(place: Path) -> list[Path]:
-    """A checkpoint's safetensors files. Raises InputError where one is missing or is not what was written."""
+def check_shares(place: Path) -> None:
+    """Raises InputError where a checkpoint's file is missing or is not what was written."""
     shares = sorted(place.glob("share-*.safetensors"))
     require(shares, f"{place} has no files")
     for share in shares:
         known = read_json(share.with_suffix(".json"))
         require(known.get("sha256") == file_hash(share), f"the checksum of {share.name} differs")
         require(known.get("shares") == len(shares), f"there are {len(shares)} files of {known.get('shares')}")
-    return shares
 
 
 def state_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The trained tensors and AdamW's state, by name, not copied. Before the first step that is zeros."""
+    """The trained tensors and AdamW's state, by name, not copied. Before a first step it is zeros."""
     found, fresh = {}, not optimizer.state
     for name, p in objective.named_parameters():
         if p.requires_grad:
@@ -833,12 +823,12 @@ def save_checkpoint(
     """
     place = out / "checkpoints" / f"step-{step:07d}"
     part = place.with_name(f".{place.name}.tmp")
-    tensors, first_rows, shares = {}, {}, 1
+    tensors, first_rows = {}, {}
+    shares = world_size() if isinstance(objective, FSDPModule) else 1
     for name, tensor in state_tensors(objective, optimizer).items():
         local, first = share_of(tensor)
         if isinstance(tensor, DTensor) or rank() == 0:
             tensors[name], first_rows[name] = local.cpu().contiguous(), first
-            shares = world_size() if isinstance(tensor, DTensor) else shares
     try:
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -872,12 +862,10 @@ def load_checkpoint(out: Path, objective: nn.Module, optimizer: torch.optim.Opti
 
     def check():
         try:
-            intact_shares(place)
+            check_shares(place)
         except InputError as error:
-            reason = str(error).rstrip(".")
-            raise InputError(
-                f"{place}: the checkpoint is damaged ({reason}); {last_good(out)}; remove the damaged one."
-            ) from None
+            damage = f"{place}: the checkpoint is damaged ({str(error).rstrip('.')})"
+            raise InputError(f"{damage}; {last_good(out)}; remove the damaged one.") from None
 
     first_process(check)
     mine = {name: share_of(tensor) for name, tensor in state_tensors(objective, optimizer).items()}
@@ -929,15 +917,16 @@ def save_result(
 
 def setting(default, help: str, low=0, high=10**9, choices: tuple = ()):
     """A field with its help on the command line, and which values it may have."""
-    kind = type(default) if type(default) in (int, float) else None
-    return knob(default, help, kind, low, high, choices)
+    return knob(default, help, type(default), low, high, choices)
 
 
-def check_numbers(how) -> None:
+class Settings:
     """Raises InputError for a float that is NaN or infinite."""
-    for name, value in vars(how).items():
-        ok = type(value) is not float or math.isfinite(value)
-        require(ok, f"--{name.replace('_', '-')} is {value}; give a finite number.")
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            ok = type(value) is not float or math.isfinite(value)
+            require(ok, f"--{name.replace('_', '-')} is {value}; give a finite number.")
 
 
 PACKINGS = {
@@ -948,7 +937,7 @@ PACKINGS = {
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Settings):
     """How to train; batch, length, rate, steps, warm-up, schedule and noise are the paper's."""
 
     steps: int = setting(6000, "Steps of the optimiser.", 1)
@@ -987,16 +976,13 @@ class Training:
     eval_every: int = setting(200, "Steps between looks at held-out data.", 1)
     eval_rows: int = setting(64, "Rows of held-out data.", 1, 2**16)
 
-    def __post_init__(self):
-        check_numbers(self)
-
     def learning_rate(self, step: int) -> float:
         """Linear warm-up from 0, then constant, or a cosine that would be 0 a step after the last."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        done = (step - self.warmup) / (self.steps - self.warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -1042,9 +1028,9 @@ def with_mask_token(tokenizer: Tokenizer, rows: int) -> Tokenizer:
     settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"][str(new)] = {"content": "|<MASK>|", "special": True}
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    files = {"tokenizer.json": tokenizer.encoder.to_str().encode(), "tokenizer_config.json": text.encode()}
-    kept = {name: tokenizer.files[name] for name in ("chat_template.jinja",) if name in tokenizer.files}
+    config = json.dumps(settings, indent=2, ensure_ascii=False)
+    files = {"tokenizer.json": tokenizer.encoder.to_str().encode(), "tokenizer_config.json": config.encode()}
+    kept = {name: text for name, text in tokenizer.files.items() if name == "chat_template.jinja"}
     return Tokenizer(tokenizer.encoder, tokenizer.system, files | kept)
 
 
@@ -1067,12 +1053,9 @@ class Trainer:
         self.objective = distribute(Objective(model, how), how)
         trained = [p for p in self.objective.parameters() if p.requires_grad]
         decayed, others = [p for p in trained if p.dim() == 2], [p for p in trained if p.dim() < 2]
-        groups = [
-            {"params": decayed, "weight_decay": how.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups = [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others}]
         betas = 0.9, 0.95  # as is usual for language models
-        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=betas, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=betas, weight_decay=0.0, fused=True)
         if heldout:
             rows = list(islice(self.rows(heldout, 0), round_up(how.eval_rows, share)))
             self.heldout_batch = self.batch(heldout, rows, 0, 0)
@@ -1085,7 +1068,8 @@ class Trainer:
         mine = range(rank(), len(rows), world_size())
         separate = self.how.packing == "documents"
         batch = lay_out(corpus, [rows[i] for i in mine], self.how.seq_len, self.pad, separate)
-        draw_noise(batch, self.size, *([seed, step, i] for i in mine))
+        if "diffusion" in self.kinds:
+            draw_noise(batch, self.size, *([seed, step, i] for i in mine))
         return batch
 
     def step(
@@ -1095,25 +1079,26 @@ class Trainer:
 
         Calls `progress` with the number of rows that all processes have run, after each micro-batch.
         """
-        how, sums = self.how, {kind: [0.0, 0.0] for kind in self.kinds}
+        how, sums = self.how, {(kind, name): 0.0 for kind in self.kinds for name in ("loss", "accuracy")}
         parts = batch.split(how.micro_batch)
-        # found here, on the CPU: on a device, finding them would wait for all that it still computes
+        # on a device this would wait for all queued work, so the indices are found on the CPU
         outputs = [{kind: part.outputs(kind, how.complement) for kind in self.kinds} for part in parts]
         counts = total([sum(len(found[kind]) for found in outputs) for kind in self.kinds], self.device)
         counts = {kind: max(1, n) for kind, n in zip(self.kinds, counts)}
+        # DDP and FSDP average gradients over processes, but the loss is a sum over them
+        weights = {kind: weight * world_size() / counts[kind] for kind, weight in self.kinds.items()}
         for i, part in enumerate(parts):
             indices = {kind: to_device(x, self.device) for kind, x in outputs[i].items()}
             with micro_batch(self.objective, i + 1 == len(parts), how.reshard):
                 found = self.objective(part.to(self.device), indices)
-                if backward:  # DDP and FSDP average over processes, the loss is a sum over them
-                    weigh = lambda kind: self.kinds[kind] * world_size() / counts[kind]
-                    sum(loss * weigh(kind) for kind, (loss, _) in found.items()).backward()
+                if backward:
+                    sum(loss * weights[kind] for kind, (loss, _) in found.items()).backward()
             for kind, (loss, right) in found.items():
-                sums[kind] = [sums[kind][0] + loss.detach(), sums[kind][1] + right]
+                sums[kind, "loss"] += loss.detach()
+                sums[kind, "accuracy"] += right
             progress(how.micro_batch * world_size())
-        flat = total([float(value) for kind in self.kinds for value in sums[kind]], self.device)
-        names = [(kind, name) for kind in self.kinds for name in ("loss", "accuracy")]
-        return {f"{kind}_{name}": value / counts[kind] for (kind, name), value in zip(names, flat)}
+        sums = dict(zip(sums, total([float(value) for value in sums.values()], self.device)))
+        return {f"{kind}_{name}": value / counts[kind] for (kind, name), value in sums.items()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -1135,12 +1120,9 @@ class Trainer:
         if rank() == 0:  # steps after the checkpoint run again
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
             replace_file(log, partial(Path.write_bytes, data=b"".join(lines[:done])))
-        order = self.rows(self.corpus, how.seed)
-        for _ in range(done * how.batch_size):
-            next(order)
-        all_rows, rows_done = how.steps * how.batch_size, done * how.batch_size
-        bar = tqdm(total=all_rows, initial=rows_done, unit="row", disable=rank() > 0)
-        with open(log if rank() == 0 else os.devnull, "a", buffering=1) as file, bar:
+        done_rows = done * how.batch_size
+        order = islice(self.rows(self.corpus, how.seed), done_rows, None)
+        with tqdm(total=how.steps * how.batch_size, initial=done_rows, unit="row", disable=rank() > 0) as bar:
             for step in range(done, how.steps):
                 began = time.perf_counter()
                 rows = list(islice(order, how.batch_size))
@@ -1150,28 +1132,23 @@ class Trainer:
                 if not all(map(math.isfinite, (norm, *losses.values()))):
                     documents = sorted({document for row in rows for document, _, _ in row})
                     shown = ", ".join(map(str, documents[:8])) + (", ..." if len(documents) > 8 else "")
-                    raise InputError(
-                        f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm}); its "
-                        f"batch holds documents {shown} (of the tokenised data, from 0); "
-                        f"{last_good(out)}; a lower --lr may help."
-                    )
+                    problem = f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm})"
+                    batch = f"its batch holds documents {shown} (of the tokenised data, from 0)"
+                    raise InputError(f"{problem}; {batch}; {last_good(out)}; a lower --lr may help.")
                 for group in self.optimizer.param_groups:
                     group["lr"] = how.learning_rate(step)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 seconds = time.perf_counter() - began
-                record = {
-                    "step": step + 1,
-                    "tokens": how.batch_size * how.seq_len,
-                    **losses,
-                    "grad_norm": norm,
-                }
-                record |= {"lr": how.learning_rate(step), "seconds": round(seconds, 4)}
+                record = {"step": step + 1, "tokens": how.batch_size * how.seq_len, **losses}
+                record |= {"grad_norm": norm, "lr": how.learning_rate(step), "seconds": round(seconds, 4)}
                 last = step + 1 == how.steps
                 if self.heldout and ((step + 1) % how.eval_every == 0 or last):
                     record |= self.evaluate()
                 try:
-                    file.write(json.dumps(record) + "\n")
+                    if rank() == 0:
+                        with open(log, "a") as file:
+                            file.write(json.dumps(record) + "\n")
                 except OSError as error:
                     reason = f"{log}: cannot be written ({error.strerror})"
                     raise InputError(f"{reason}; {last_good(out)}.") from None
@@ -1179,7 +1156,6 @@ class Trainer:
                 shown |= {"step": step + 1, "tokens/s": f"{record['tokens'] / seconds:,.0f}"}
                 bar.set_postfix(shown, refresh=False)
                 if (step + 1) % how.save_every == 0 or last:
-                    file.flush()
                     save_checkpoint(out, self.objective, self.optimizer, step + 1, how.keep)
 
 
@@ -1198,14 +1174,14 @@ def check_length(seq_len: int, block_size: int, most: int) -> None:
 
 
 @dataclass(frozen=True)
-class Drafting:
+class Drafting(Settings):
     """How to train a draft adapter."""
 
-    steps: int = setting(1500, "Steps of the optimiser.", low=1)
-    batch_size: int = setting(16, "Rows per step of all devices; a row is some groups of a document.", low=1)
-    anchors: int = setting(5, "Groups of masks in a row.", low=1)
-    width: int = setting(8, "Masks of a group: how far a draft goes.", low=1)
-    rank: int = setting(14, "Rank of the adapter.", low=1)
+    steps: int = setting(1500, "Steps of the optimiser.", 1)
+    batch_size: int = setting(16, "Rows per step of all devices; a row is some groups of a document.", 1)
+    anchors: int = setting(5, "Groups of masks in a row.", 1)
+    width: int = setting(8, "Masks of a group: how far a draft goes.", 1)
+    rank: int = setting(14, "Rank of the adapter.", 1)
     alpha: float = setting(28.0, "The adapter's products are multiplied by alpha / rank.")
     near: float = setting(0.9, "Weight of a draft's loss, relative to the draft before it.")
     others: int = setting(4096, "Tokens absent from the data that each step samples as negatives.")
@@ -1215,13 +1191,10 @@ class Drafting:
     clip: float = setting(1.0, "Largest gradient norm.", 1e-9)
     seed: int = setting(0, "Seed of weights, order and samples.")
     cache_gb: float = setting(4.0, "GB of keys and values to keep; others are computed again each time.")
-    save_every: int = setting(50, "Steps between checkpoints.", low=1)
-    keep: int = setting(2, "Checkpoints that stay.", low=1)
-    eval_every: int = setting(100, "Steps between looks at held-out data.", low=1)
-    eval_rows: int = setting(24, "Held-out documents per look.", low=1)
-
-    def __post_init__(self):
-        check_numbers(self)
+    save_every: int = setting(50, "Steps between checkpoints.", 1)
+    keep: int = setting(2, "Checkpoints that stay.", 1)
+    eval_every: int = setting(100, "Steps between looks at held-out data.", 1)
+    eval_rows: int = setting(24, "Held-out documents per look.", 1)
 
     @property
     def seq_len(self) -> int:
@@ -1229,25 +1202,25 @@ class Drafting:
         return self.anchors * self.width
 
     def learning_rate(self, step: int) -> float:
-        return self.lr * min(
-            (step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.steps - self.warmup), 1
-        )
+        rising = (step + 1) / max(1, self.warmup)
+        falling = (self.steps - step) / max(1, self.steps - self.warmup)
+        return self.lr * min(rising, falling, 1)
 
 
 def anchors_of(trainable: np.ndarray) -> np.ndarray:
-    """Positions that two trainable tokens follow, the prompt's last one too: a draft can start there."""
+    """Positions where a draft can start: the next two tokens are trainable."""
     return np.flatnonzero(trainable[2:] & trainable[1:-1])
 
 
 def endless_groups(corpus: Corpus, anchors: int, width: int, seed: int) -> Iterator[list[Piece]]:
-    """Rows of `anchors` groups of masks in one document, as pieces, in a random order.
+    """Rows in a random order. A row is `anchors` groups of masks in one document, each group a piece.
 
     Every group comes once an epoch. Where a document has too few groups left for a row, some are repeated.
     """
     for epoch in count():
         rng, rows = np.random.default_rng([seed, epoch]), []
-        for document, length in enumerate(corpus.lengths):
-            at = rng.permutation(anchors_of(corpus.piece(document, 0, length)[1]))
+        for document in range(len(corpus.lengths)):
+            at = rng.permutation(anchors_of(corpus.piece(document)[1]))
             for part in np.resize(at, round_up(len(at), anchors)).reshape(-1, anchors).tolist():
                 rows.append([(document, a + 1, a + 1 + width) for a in part])
         require(rows, "No document has two trainable tokens in a row, so there is nothing to draft.")
@@ -1274,14 +1247,13 @@ class Known:
         self.model, self.corpus, self.limit, self.kept, self.bytes = model, corpus, limit, {}, 0
 
     def tokens(self, document: int) -> Tensor:
-        ids, _ = self.corpus.piece(document, 0, self.corpus.lengths[document])
+        ids, _ = self.corpus.piece(document)
         return torch.from_numpy(ids.astype(np.int64)).to(self.model.weight.device)
 
     def targets(self, document: int) -> Tensor:
         """Its tokens, and -1 where a token is no target."""
-        _, trainable = self.corpus.piece(document, 0, self.corpus.lengths[document])
-        tokens = self.tokens(document)
-        return tokens.masked_fill(~torch.from_numpy(trainable).to(tokens.device), -1)
+        ids, trainable = self.corpus.piece(document)
+        return torch.from_numpy(np.where(trainable, ids.astype(np.int64), -1)).to(self.model.weight.device)
 
     def __getitem__(self, document: int) -> Tensor:
         if (found := self.kept.get(document)) is None:
@@ -1298,7 +1270,8 @@ def draft(model: Qwen2, known: list[Tensor], anchors: Tensor, width: int) -> Ten
     """
     B, G = anchors.shape
     S, T, weight = int(anchors.max()) + 1, G * width, model.weight
-    past = weight.new_zeros(len(model.model.layers), 2, B, *known[0].shape[2:3], S, known[0].shape[4])
+    layers, _, K, _, d = known[0].shape
+    past = weight.new_zeros(layers, 2, B, K, S, d)
     for row, kv in enumerate(known):
         past[:, :, row, :, : kv.shape[3]] = kv[:, :, :, :S]
     group = torch.arange(T, device=weight.device) // width
@@ -1316,7 +1289,7 @@ def draft(model: Qwen2, known: list[Tensor], anchors: Tensor, width: int) -> Ten
 
 
 def draft_targets(tokens: Tensor, anchors: Tensor, width: int) -> Tensor:
-    """What the masks behind anchors (G) of one document draft, (G, w), of its tokens; -1 beyond its end."""
+    """Targets (G, w) of the masks behind anchors (G) in one document's tokens; -1 beyond its end."""
     at = anchors[:, None] + torch.arange(2, width + 2, device=tokens.device)
     return tokens[at.clamp_max(len(tokens) - 1)].masked_fill(at >= len(tokens), -1)
 
@@ -1333,7 +1306,7 @@ def draft_loss(model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, other
     logits = F.linear(hidden, model.lm_head.weight[some].to(hidden.dtype)).float()
     logits[..., len(ids) :] += math.log(max(1, rest) / max(1, len(others)))
     there = targets >= 0
-    wanted = torch.searchsorted(ids, targets.clamp_min(int(ids[0])))
+    wanted = torch.searchsorted(ids, targets)  # 0 for -1
     weights = near ** torch.arange(targets.shape[-1], device=targets.device) * there
     losses = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view_as(targets)
     kept = ((logits.argmax(-1) == wanted) & there).cumprod(-1).sum()
@@ -1342,12 +1315,11 @@ def draft_loss(model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, other
 
 @torch.no_grad()
 def simulate(model: Qwen2, known: Known, documents: Iterable[int], width: int) -> Counter:
-    """How many cycles of verified decoding keep 0, 1, 2, ... drafts, where AR writes these first answers.
+    """Replay verified decoding on each document's first answer: how many cycles keep 0, 1, 2, ... drafts.
 
-    A cycle is two passes, and writes 2 tokens and the kept ones.
+    The answers count as what AR would write. A cycle is two passes, and writes 2 tokens and the kept drafts.
     """
-    trainable = lambda document: known.corpus.piece(document, 0, known.corpus.lengths[document])[1]
-    anchors_left = {document: anchors_of(trainable(document)).tolist() for document in documents}
+    anchors_left = {document: anchors_of(known.corpus.piece(document)[1]).tolist() for document in documents}
     kept, state = Counter(), [(document, at[0]) for document, at in anchors_left.items() if at]
     while state:
         after = []
@@ -1389,20 +1361,20 @@ class DraftTrainer(Trainer):
         limit = how.cache_gb * 1e9
         self.known = Known(model, corpus, 0.8 * limit)
         self.known_heldout = heldout and Known(model, heldout, 0.2 * limit)
-        self.ids = torch.from_numpy(np.unique(corpus.tokens).astype(np.int64)).to(self.device)
-        rest = np.setdiff1d(np.arange(model.config.vocab_size), self.ids.cpu())
-        self.rest = torch.from_numpy(rest).to(self.device)
-        parameters = self.objective.parameters()
-        self.optimizer = torch.optim.AdamW(
-            parameters, how.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
+        ids = np.unique(corpus.tokens).astype(np.int64)
+        rest = np.setdiff1d(np.arange(model.config.vocab_size), ids)
+        self.ids, self.rest = (torch.from_numpy(part).to(self.device) for part in (ids, rest))
+        fixed = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.objective.parameters(), how.lr, **fixed)
 
     def rows(self, corpus: Corpus, seed: int) -> Iterator[list[Piece]]:
         return endless_groups(corpus, self.how.anchors, self.how.width, seed)
 
     def batch(self, corpus: Corpus, rows: list[list[Piece]], step: int, seed: int) -> tuple:
         """This process's share of a step: documents, anchors (B, G), targets (B, G, w), other tokens."""
-        share = len(rows) // world_size()  # in the documents' order: then each process meets fewer of them
+        share = (
+            len(rows) // world_size()
+        )  # sorted by document: a process needs few documents' keys and values
         mine = sorted(rows)[rank() * share : (rank() + 1) * share]
         documents = [row[0][0] for row in mine]
         anchors = torch.tensor([[start - 1 for _, start, _ in row] for row in mine], device=self.device)
@@ -1444,22 +1416,22 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
     """Lines that show a packed row to a person: its views, what each output predicts, and its mask."""
     separate, mask_id = how.packing == "documents", tokenizer.id("|<MASK>|")
     rows = endless_rows(corpus.lengths, how.seq_len, size, how.packing, seed=how.seed)
-    batch = lay_out(corpus, [next(islice(rows, row, None))], how.seq_len, mask_id, separate)
+    pieces = next(islice(rows, row, None))
+    batch = lay_out(corpus, [pieces], how.seq_len, mask_id, separate)
     draw_noise(batch, size, [how.seed, 0, row])
     views = noisy_views(batch.trainable, batch.masked, how.complement)[0]
     targets = targets_of(batch.trainable, batch.documents)[0]
     require(targets.any(), f"Row {row} has nothing that trains; show another --row.")
     text = [tokenizer.decode([i], skip_special_tokens=False) for i in batch.tokens[0].tolist()]
     yield f"Row {row}: {how.seq_len} positions in blocks of {size}, {targets.sum()} targets"
-    documents = [] if batch.documents is None else batch.documents[0].tolist()
-    at = [[i for i, d in enumerate(documents) if d == number] for number in sorted({*documents} - {0})]
-    parts = ", ".join(f"{positions[0]}-{positions[-1]}" for positions in at)
+    ends = np.cumsum([stop - start for _, start, stop in pieces]).tolist()
+    parts = ", ".join(f"{begin}-{end - 1}" for begin, end in zip([0, *ends], ends))
     yield f"Documents, kept separate, at positions {parts}" if separate else "Documents see each other"
     named = {f"view {i}": view for i, view in enumerate(views, 1)}
+    blank = lambda word: " " * word.startswith(" ") + "_" * max(1, len(word.strip()))
+    padding = lambda found: f" [padding x {len(found[0]) // len('|<MASK>|')}]"
     for name, masked in {"clean": torch.zeros_like(targets), **named}.items():
-        blank = lambda word: " " * word.startswith(" ") + "_" * max(1, len(word.strip()))
         words = "".join(blank(word) if m else word for word, m in zip(text, masked.tolist()))
-        padding = lambda found: f" [padding x {len(found[0]) // len('|<MASK>|')}]"
         yield f"\n{name}:\n" + re.sub(r"(\|<MASK>\|)+", padding, words)
     first = int(targets.nonzero()[0]) // size * size
     yield f"\nThe block of positions {first}-{first + size - 1}; the output at i predicts the token at i + 1:"
@@ -1473,9 +1445,9 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
     yield f"\nWhich block sees which ({blocks} of {how.seq_len // size}); a row is a query, a column a key:"
     names = [*named, "clean"]
     at = [part * how.seq_len + block * size for part in range(len(names)) for block in range(blocks)]
-    first_of = torch.tensor(at)  # all of a block see the same blocks as its first position
+    firsts = torch.tensor(at)  # all of a block see the same blocks as its first position
     sees = visibility(how.seq_len, size, len(views), batch.documents, how.clean)
-    mask = sees(0, None, first_of[:, None], first_of)
+    mask = sees(0, None, firsts[:, None], firsts)
     yield " " * 9 + " ".join(f"{name:<{blocks}}" for name in names)
     for n, seen in enumerate(mask):
         cells = "".join((" " * (k % blocks == 0 < k)) + ".#"[see] for k, see in enumerate(seen.tolist()))
@@ -1489,6 +1461,7 @@ FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, path_type=Path)
 DIFFUSION = ("complement", "clean", "ar_weight", "lora")  # settings that only the adaptation has
 COMMON = [f.name for f in fields(Training) if f.name not in DIFFUSION]
+BROKEN = "refuse", "skip"
 DTYPE_NAMES = click.Choice(["float32", "bfloat16", "float16"])
 
 
@@ -1503,9 +1476,9 @@ run_options = several(
     click.option("--heldout", type=FILE, help="Data to measure on, never to train on."),
     click.option(
         "--broken",
-        type=click.Choice(["refuse", "skip"]),
-        default="refuse",
-        help="A broken line ends the run, or is left out.",
+        type=click.Choice(BROKEN),
+        default=BROKEN[0],
+        help="End the run at a broken line, or skip it.",
     ),
     click.option("--device", default="auto", help="auto, cpu, cuda or mps."),
     click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads  [default: torch's]"),
@@ -1522,12 +1495,11 @@ model_options = several(
     click.option("--from-scratch", is_flag=True, help="Random weights; --model gives config and tokenizer."),
     click.option("--save-dtype", type=DTYPE_NAMES, default="float32", help="dtype of the result's file."),
 )
-block_option = click.option(
-    "--block-size", type=click.IntRange(1, 10**6), help="[default: the checkpoint's, or 32]"
-)
+sizes = click.IntRange(1, 10**6)
+block_option = click.option("--block-size", type=sizes, help="[default: the checkpoint's, or 32]")
 
 
-@click.group(help=__doc__.split("\n\n")[0], context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(help=__doc__.split("\n\n")[0], context_settings=HELP_OPTIONS)
 def main():
     pass
 
@@ -1539,8 +1511,9 @@ def open_data(out: Path, run: dict, data: Path, heldout: Path | None, tokenizer:
     """
 
     def prepare():
-        same_run(out, {"content": Corpus.content(data, out / "tokens")} | run)
-        Corpus.prepare(data, tokenizer, out / "tokens", broken)
+        content = Corpus.content(data, out / "tokens")
+        same_run(out, {"content": content} | run)
+        Corpus.prepare(data, tokenizer, out / "tokens", broken, content)
         heldout and Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
 
     first_process(prepare)
@@ -1550,18 +1523,15 @@ def open_data(out: Path, run: dict, data: Path, heldout: Path | None, tokenizer:
 
 def lasting(how) -> dict:
     """Settings that may not change when a run is resumed."""
-    free = {
-        "micro_batch",
-        "parallel",
-        "recompute",
-        "reshard",
-        "save_every",
-        "keep",
-        "eval_every",
-        "eval_rows",
-    }
-    free |= {"cache_gb"} | ({"steps"} if getattr(how, "schedule", None) == "constant" else set())
+    free = "micro_batch parallel recompute reshard save_every keep eval_every eval_rows cache_gb".split()
+    free += ["steps"] if getattr(how, "schedule", None) == "constant" else []
     return {name: value for name, value in asdict(how).items() if name not in free}
+
+
+def mask_of(model: Qwen2, tokenizer: Tokenizer) -> int | None:
+    """The mask token's id: the config's, else the tokenizer's."""
+    known = model.config.mask_token_id
+    return tokenizer.id("|<MASK>|") if known is None else known
 
 
 def block_size_of(wanted: int | None, trained: int) -> int:
@@ -1581,23 +1551,21 @@ def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
 def train(objective, folder, data, out, heldout, broken, device, threads, from_scratch, save_dtype, **how):
     """One run, in the only process or in one of those that `torchrun` started."""
     block_size = how.pop("block_size", None)
+    require(block_size != 1, "--block-size 1 is autoregressive; `train.py ar` trains that.")
     how = Training(**how)
     with one_run(device, threads, out) as device:
         model, tokenizer = initial_model(folder, from_scratch, device, how.seed)
+        size = 1
         if objective == "adapt":
             tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
-        size = 1 if objective == "ar" else block_size_of(block_size, model.config.block_size)
-        require(objective == "ar" or size > 1, "--block-size 1 is autoregressive; `train.py ar` trains that.")
-        mask = model.config.mask_token_id
-        mask = tokenizer.id("|<MASK>|") if mask is None else mask
-        model.config = replace(model.config, block_size=size, mask_token_id=mask)
+            size = block_size_of(block_size, model.config.block_size)
+        model.config = replace(model.config, block_size=size, mask_token_id=mask_of(model, tokenizer))
         run = {"objective": objective, "model": str(folder), "vocab_size": model.config.vocab_size}
         run |= {"block_size": size} | lasting(how)
         run |= {"base_digest": base_digest(model)} if how.lora else {}  # no checkpoint holds a frozen base
         corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
-        kinds = {"ar": 1.0} if objective == "ar" else {"diffusion": 1.0}
-        if objective == "adapt" and how.ar_weight:
-            kinds["ar"] = how.ar_weight
+        weights = {"ar": 1.0} if objective == "ar" else {"diffusion": 1.0, "ar": how.ar_weight}
+        kinds = {kind: weight for kind, weight in weights.items() if weight}
         trainer = Trainer(kinds, model, corpus, heldout, how)
         trainer.run(out)
         save_result(out, trainer.objective, model, tokenizer, DTYPES[save_dtype])
@@ -1631,9 +1599,7 @@ def adapt(**given):
 @options(Drafting, *(f.name for f in fields(Drafting)))
 @click.option("--adapter", help="Go on from this adapter, with its rank and alpha  [default: a new one]")
 @click.option("--base", help="The base's name in the adapter's config  [default: --model]")
-@click.option(
-    "--dtype", type=DTYPE_NAMES, help="Of the base's weights  [default: float32 on CPUs, else its own]"
-)
+@click.option("--dtype", type=DTYPE_NAMES, help="Of the base  [default: float32 on CPUs, else its own]")
 @reports_mistakes
 def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, device, threads, **how):
     """Teach a frozen model to draft for --verify: an adapter, on at masks only.
@@ -1651,9 +1617,8 @@ def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, devi
             part = next(iter(adapted_layers(model).values())).adapter
             how = replace(how, rank=len(part.A), alpha=part.scale * len(part.A))
         tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
-        mask = model.config.mask_token_id
-        mask = tokenizer.id("|<MASK>|") if mask is None else mask
-        model.config = replace(model.config, mask_token_id=mask, draft_width=how.width)
+        mask_id = mask_of(model, tokenizer)
+        model.config = replace(model.config, mask_token_id=mask_id, draft_width=how.width)
         digest = base_digest(model)
         run = {"objective": "draft", "base_digest": digest, "adapter": adapter} | lasting(how)
         corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
@@ -1672,9 +1637,7 @@ def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, devi
 @main.command("show", help="Print a packed, masked example: views, which output predicts what, the mask.")
 @click.option("--model", "folder", default=SHIPPED / "checkpoint", type=FOLDER, help="Tokenizer's folder.")
 @click.option("--data", default=SHIPPED / "sample.jsonl", type=FILE, help="JSONL.")
-@click.option(
-    "--row", default=0, type=click.IntRange(0, 10**6), help="Which packed row of the first 500 documents."
-)
+@click.option("--row", default=0, type=click.IntRange(0, 10**6), help="Of the first 500 documents, packed.")
 @block_option
 @options(Training, "seq_len", "packing", "complement", "clean", "seed", seq_len={"default": 192})
 @reports_mistakes
