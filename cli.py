@@ -32,6 +32,7 @@ from tqdm import tqdm
 from benchmarks.judging import PAPER_PROMPT, aup, paired_drop, read_problems, score_line, scores, verdict
 from fast import RecordedPasses, avoid_cudnn_attention, prepack
 from fastdllm import (
+    ADAPTER_FILES,
     DTYPES,
     Config,
     Decoding,
@@ -71,7 +72,7 @@ SAMPLE = (
 )
 MOST = 10**5  # a --count above this is taken for a typing error
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
-# of the processes that torchrun started
+# this process's number, and how many torchrun started
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -85,7 +86,7 @@ class OneSentence(click.ClickException):
 
 
 def with_flags(sentence: str) -> str:
-    """Replace names of Decoding's fields by flags; one without an underscore only as the first word."""
+    """Put flags for names of Decoding's fields; a name that is a plain word counts only as the first word."""
     names = "|".join(rf"(?<![\w/.-]){name}\b" if "_" in name else rf"^{name}\b" for name in KNOBS)
     return re.sub(names, lambda found: "--" + found[0].replace("_", "-"), sentence)
 
@@ -115,17 +116,16 @@ def reports_mistakes(command: Callable) -> Callable:
     return wrapped
 
 
-def require_writable(flag: str, path: str | Path) -> None:
-    """Raises InputError, before anything runs, for a device or a pipe, and where there is no such folder."""
-    folder = Path(path).absolute().parent
+def require_writable(flag: str, path: Path) -> None:
+    """Raises InputError where the folder is missing, or `path` is a device or a pipe; call it before work."""
+    folder = path.absolute().parent
     require(folder.is_dir(), f"{flag} {path}: the folder {folder} does not exist.")
-    regular = Path(path).is_file() or not Path(path).exists()
-    require(regular, f"{flag} {path}: is no regular file; name a file.")
+    require(path.is_file() or not path.exists(), f"{flag} {path}: is no regular file; name a file.")
 
 
 @contextmanager
 def ctrl_c() -> Iterator[list]:
-    """A list that Ctrl-C fills, so that the pass in work ends first; pressed again, it interrupts at once."""
+    """A list that Ctrl-C fills, so that the caller ends after the pass in work; a second one interrupts."""
     pressed = []
 
     def handler(number, frame):
@@ -165,24 +165,19 @@ class GroupedOption(click.Option):
         self.group = group
 
 
-def option(*flags: str, group: str = "Other options", **more) -> Callable:
-    return click.option(*flags, cls=GroupedOption, group=group, **more)
+option = partial(click.option, cls=GroupedOption)
 
 
 def numbers(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable:
     """Parses an option's comma-separated list of numbers in [low, high]; None stays None."""
 
     def parse(context, parameter, text):
-        try:
+        with suppress(ValueError):
             found = text and [kind(part) for part in text.split(",")]
             if all(low <= number <= high for number in found or []):
                 return found
-        except ValueError:
-            pass
-        raise OneSentence(
-            f"--{parameter.name.replace('_', '-')} is {text!r:.80}; "
-            f"give numbers from {low:g} to {high:g} with commas."
-        )
+        flag = "--" + parameter.name.replace("_", "-")
+        raise OneSentence(f"{flag} is {text!r:.80}; give numbers from {low:g} to {high:g} with commas.")
 
     return parse
 
@@ -193,34 +188,8 @@ def count_option(flag: str, low: int = 1, high: int = 10**6, **more) -> Callable
 
 
 counts = numbers(int, 1, 10**6)
-
-
-def options(cls, *names: str, group: str = "Other options", **overrides: dict) -> Callable:
-    """An option for each named field of a dataclass, with the field's default, help and limits.
-
-    The metadata of a field has `help`, and if they apply `kind` (int or float), `low`, `high` and `choices`;
-    `overrides` gives further arguments of `click.option` by the field's name.
-    """
-
-    def decorate(command: Callable) -> Callable:
-        for name in reversed(names):
-            field = cls.__dataclass_fields__[name]
-            rule, flag = field.metadata, "--" + name.replace("_", "-")
-            kind = {int: click.IntRange, float: click.FloatRange}.get(rule.get("kind"))
-            more = {"type": kind(rule.get("low"), rule.get("high"))} if kind else {}
-            if rule.get("choices"):
-                more = {"type": click.Choice(rule["choices"])}
-            if type(field.default) is bool:
-                flag += f"/--no-{flag[2:]}"
-            more |= {"default": field.default, "help": rule["help"]}
-            command = option(flag, group=group, **more | overrides.get(name, {}))(command)
-        return command
-
-    return decorate
-
-
-KNOBS = [field.name for field in fields(Decoding) if "help" in field.metadata]
-decoding_options = options(Decoding, *KNOBS, group="Decoding")
+words = lambda context, parameter, text: text.split(",")
+FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def several(*decorators: Callable) -> Callable:
@@ -234,8 +203,36 @@ def several(*decorators: Callable) -> Callable:
     return decorate
 
 
+def options(cls, *names: str, group: str = "Other options", **overrides: dict) -> Callable:
+    """An option for each named field of a dataclass, with the field's default, help and limits.
+
+    The metadata of a field has `help`, and if they apply `kind` (int or float), `low`, `high` and `choices`;
+    `overrides` gives further arguments of `click.option` by the field's name.
+    """
+
+    def one(name: str) -> Callable:
+        field = cls.__dataclass_fields__[name]
+        rule, flag = field.metadata, "--" + name.replace("_", "-")
+        kind = {int: click.IntRange, float: click.FloatRange}.get(rule.get("kind"))
+        more = {"default": field.default, "help": rule["help"]}
+        if rule.get("choices"):
+            more["type"] = click.Choice(rule["choices"])
+        elif kind:
+            more["type"] = kind(rule.get("low"), rule.get("high"))
+        if type(field.default) is bool:
+            flag += f"/--no-{flag[2:]}"
+        return option(flag, group=group, **more | overrides.get(name, {}))
+
+    return several(*map(one, names))
+
+
+KNOBS = [field.name for field in fields(Decoding) if "help" in field.metadata]
+decoding_options = options(Decoding, *KNOBS, group="Decoding")
+
+
 model_option, file_option = partial(option, group="Model"), partial(option, group="Input and output")
-model_options = several(
+record_option = model_option("--record/--no-record", default=True, help="CUDA: replay passes as CUDA graphs.")
+source_options = several(
     model_option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped one]"),
     model_option("--adapter", help="Draft adapter over the model: folder or Hub id."),
     model_option("--device", default="auto", help="auto, cpu, cuda or mps."),
@@ -243,8 +240,13 @@ model_options = several(
     model_option(
         "--prepack/--no-prepack", "packed", default=True, help="CPU: weights in oneDNN's order, faster."
     ),
-    model_option("--record/--no-record", default=True, help="CUDA: replay passes as CUDA graphs."),
 )
+model_options = several(source_options, record_option)
+
+
+def split_options(given: dict) -> tuple[Decoding, dict]:
+    """A command's options as its decoding, and what `open_model` takes."""
+    return Decoding(**{name: given.pop(name) for name in KNOBS}), given
 
 
 def own_device(device: str) -> str:
@@ -257,7 +259,7 @@ def own_device(device: str) -> str:
 
 
 def open_model(
-    model: str, adapter: str | None, device: str, dtype: str, packed: bool, record: bool
+    model: str, adapter: str | None, device: str, dtype: str, packed: bool, record: bool = False
 ) -> tuple[Qwen2, Tokenizer | None, RecordedPasses | None]:
     """Model, tokenizer, and on CUDA recorded passes, for decoding on this process's device."""
     network, tokenizer = load(model, own_device(device), dtype, adapter)
@@ -272,17 +274,17 @@ def open_model(
 
 
 def encode_prompt(
-    record: dict, tokenizer: Tokenizer | None, system: str | None = None, raw: bool = False
+    request: dict, tokenizer: Tokenizer | None, system: str | None = None, raw: bool = False
 ) -> list[int]:
-    """Token ids of a record with `prompt_ids`, `messages` or `prompt`, or InputError for anything else."""
-    if "prompt_ids" in record:
-        require(isinstance(record["prompt_ids"], list), "prompt_ids must be a list of integers.")
+    """Token ids of a request with `prompt_ids`, `messages` or `prompt`, or InputError for anything else."""
+    if "prompt_ids" in request:
+        require(isinstance(request["prompt_ids"], list), "prompt_ids must be a list of integers.")
         require(not raw and system is None, "--raw and --system are for text, not for token ids.")
-        return record["prompt_ids"]
+        return request["prompt_ids"]
     require(tokenizer, "The checkpoint has no tokenizer; give token ids with --prompt-ids.")
-    messages = record.get("messages")
-    if "prompt" in record:
-        prompt = record["prompt"]
+    messages = request.get("messages")
+    if "prompt" in request:
+        prompt = request["prompt"]
         require(isinstance(prompt, str) and prompt.strip(), "The prompt is empty; give it some text.")
         if raw:
             require(system is None, "--raw continues the prompt as it is, so --system has no place in it.")
@@ -293,21 +295,20 @@ def encode_prompt(
     require(good, "This needs `prompt`, `prompt_ids`, or `messages`: objects with `role` and `content`.")
     require(not raw, "--raw is for a prompt, not for messages.")
     if system is not None:
-        require(
-            messages[0]["role"] != "system", "The messages have a system message already; leave --system out."
-        )
+        first = messages[0]["role"]
+        require(first != "system", "The messages have a system message already; leave --system out.")
         messages = [{"role": "system", "content": system}, *messages]
     return tokenizer.chat(messages)
 
 
 def encode_prompts(
-    records: dict[str, dict], tokenizer, decoding: Decoding, config: Config, **how
+    requests: dict[str, dict], tokenizer, decoding: Decoding, config: Config, **how
 ) -> list[list[int]]:
-    """Checked token ids of each record; a mistake names the record's place, such as "FILE, line 3"."""
+    """Checked token ids of each request; a mistake names the request's place, such as "FILE, line 3"."""
     prompts = []
-    for place, record in records.items():
+    for place, request in requests.items():
         try:
-            prompts.append(check_prompt(encode_prompt(record, tokenizer, **how), decoding, config))
+            prompts.append(check_prompt(encode_prompt(request, tokenizer, **how), decoding, config))
         except InputError as error:
             raise InputError(f"{place}: {error}" if place else str(error)) from None
     return prompts
@@ -331,10 +332,7 @@ def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
         try:
             records[place] = json.loads(line)
             json.dumps(records[place], ensure_ascii=False).encode()
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # no JSON, no UTF-8, half a surrogate pair; nested too deeply
+        except (ValueError, RecursionError) as error:  # also no UTF-8, or half a surrogate pair
             raise InputError(f"{place}: not valid JSON ({error}).") from None
         require(isinstance(records[place], dict), f"{place}: not a JSON object.")
     return records
@@ -343,15 +341,14 @@ def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
 # --- Reports ---
 
 
-def report(result: Result, prompt: list[int], tokenizer: Tokenizer | None) -> dict:
-    """The facts of one answer; tokens are counted through the stop token, without the prompt."""
+def report(result: Result, prompt: list[int], tokenizer: Tokenizer | None, seconds=None) -> dict:
+    """The facts of one answer. `new_tokens` includes the stop token, not the prompt."""
     return {
         "text": tokenizer.decode(result.tokens) if tokenizer else None,
         "token_ids": result.tokens,
         "prompt_tokens": len(prompt),
-        "new_tokens": len(result.tokens),
         "passes": result.passes,
-        **rates([result]),
+        **rates([result], seconds),
         "finish_reason": result.finish_reason or "interrupted",
     }
 
@@ -359,51 +356,45 @@ def report(result: Result, prompt: list[int], tokenizer: Tokenizer | None) -> di
 def rates(results: list[Result], seconds: float | None = None) -> dict:
     """Counts and rates of answers, without their prefills; tokens per second where the time is known."""
     tokens, passes = sum(len(r.tokens) for r in results), sum(r.forward_passes for r in results)
-    found = {"forward_passes": passes, "tokens_per_forward": tokens / max(1, passes)}
+    found = {"new_tokens": tokens, "forward_passes": passes, "tokens_per_forward": tokens / max(1, passes)}
     return found | ({"seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {})
 
 
-def summary_line(tokens: int, found: dict) -> str:
+def summary_line(found: dict) -> str:
     """What `rates` found in words, and the finish reason where there is one."""
-    line = f"{tokens} tokens in {found['forward_passes']} forward passes: "
+    line = f"{found['new_tokens']} tokens in {found['forward_passes']} forward passes: "
     line += f"{found['tokens_per_forward']:.2f} tokens per forward"
     line += f", {found['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in found else ""
     return line + (f", {found['finish_reason']}" if "finish_reason" in found else "")
 
 
-def environment() -> dict:
-    """What a number was measured on and with."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        processor = names[0] if names else processor
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    today = date.today().isoformat()
+def environment(device: str = "auto") -> dict:
+    """Hardware, versions, command and date of a measurement on `device`."""
+    on_cuda, cpuinfo = pick_device(device).startswith("cuda"), Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    processor = names[0] if names else platform.processor() or platform.machine()
     return {
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name() if on_cuda else processor,
         "threads": torch.get_num_threads(),
-        **versions,
-        "command": command,
-        "date": today,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "date": date.today().isoformat(),
     }
 
 
 def note_of_options(model: Qwen2, decoding: Decoding) -> None:
     """What a user should know of options that work at a price."""
-    if RANK > 0:  # the first process says it
-        return
-    size, trained = decoding.block_size, model.config.block_size
-    if model.mask_row is not None and not decoding.verify and size > 1:
-        click.echo("Note: the base was never adapted; without --verify quality is not guaranteed.", err=True)
-    elif size == 1 and trained > 1 and not decoding.verify:
-        click.echo("Note: block size 1 decodes autoregressively, one token per pass.", err=True)
+    size, trained, note = decoding.block_size, model.config.block_size, None
+    if model.mask_row is not None and size > 1:
+        note = "the adapter learnt drafts only; without --verify quality is not guaranteed"
+    elif size == 1 < trained and not decoding.verify:
+        note = "block size 1 decodes autoregressively, one token per pass"
     elif size not in (1, trained):
-        note = f"Note: the checkpoint was trained with block size {trained}; another one costs accuracy "
-        click.echo(
-            note + "(paper, 1.5B, GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2).", err=True
-        )
+        paper = "paper, 1.5B, GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2"
+        note = f"the checkpoint was trained with block size {trained}; another one costs accuracy ({paper})"
+    if note and RANK == 0:  # the first process says it
+        click.echo(f"Note: {note}.", err=True)
 
 
 # --- generate ---
@@ -413,8 +404,12 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 @click.group(help=__doc__, context_settings=HELP_OPTIONS)
 @click.version_option(VERSION, prog_name="fastdllm")
-def cli():
-    pass
+@click.pass_context
+@reports_mistakes
+def cli(context):
+    name = context.invoked_subcommand
+    ok = PROCESSES == 1 or name in ("generate", "eval")
+    require(ok, f"cli.py {name} runs in one process; start it with python, not torchrun.")
 
 
 @cli.command(cls=Grouped)
@@ -429,70 +424,63 @@ def cli():
 @file_option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @file_option("--watch", "live", is_flag=True, help="Draw the answer in a terminal as it is written.")
 @file_option("--delay", type=click.FloatRange(0, 60), default=0.15, help="Seconds per pass of --watch.")
-@file_option("--trace", help="Write a page that replays the passes, beside AR's, to this HTML file.")
+@file_option(
+    "--trace", type=FILE, help="Write a page that replays the passes, beside AR's, to this HTML file."
+)
 @reports_mistakes
-def generate(
-    prompt, model, adapter, device, dtype, packed, record, system, raw, prompt_ids, source, target, as_json,
-    live, delay, trace, **knobs,
-):  # fmt: skip
+def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, delay, trace, **given):
     """Answer PROMPT, or what is piped in, or a sample problem.
 
     `torchrun --nproc-per-node N cli.py generate --input FILE --output FILE` shares the prompts out among N
     devices. With --block-size 1 the output file serves as --data of `train.py draft`.
     """
-    given = sum(value is not None for value in (prompt, prompt_ids, source))
-    require(given < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
-    require(
-        target == "-" or source is not None, "--output needs --input; one answer goes to standard output."
-    )
-    many = source is not None and (as_json or live or trace)
-    require(
-        not many, "--json, --watch and --trace show one answer; answers to --input are JSON lines anyway."
-    )
+    asked = sum(value is not None for value in (prompt, prompt_ids, source))
+    require(asked < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
+    one = source is None
+    require(target == "-" or not one, "--output needs --input; one answer goes to standard output.")
+    require(one or target != "-" or sys.stdout, "Standard output is closed; name a file with --output.")
+    require(not math.isnan(delay), "--delay is nan; give seconds, like 0.15.")
+    shown = as_json or live or trace
+    require(one or not shown, "--json, --watch and --trace show one answer; leave them out with --input.")
     require(PROCESSES == 1 or source not in (None, "-"), "Several processes need --input FILE to share out.")
     require(not (as_json and live), "--watch draws the answer and --json prints an object; give one of them.")
-    if source is not None and "-" not in (source, target) and Path(target).exists() and Path(source).exists():
+    if "-" not in (source, target) and Path(target).exists() and Path(source).exists():
         same = os.path.samefile(source, target)
-        require(
-            not same, f"--output {target} is the file of --input; name another one, or the prompts are lost."
-        )
+        require(not same, f"--output {target} is the file of --input; name another one.")
     if trace:
         require_writable("--trace", trace)
-    decoding = Decoding(**knobs, runner_up=trace is not None)
-    if source is not None:
-        records = read_jsonl(source)
+    decoding, chosen = split_options(given)
+    decoding = replace(decoding, runner_up=bool(trace))
+    if not one:
+        requests = read_jsonl(source)
     elif prompt_ids is not None:
-        try:
-            records = {"": {"prompt_ids": [int(i) for i in prompt_ids.split(",")]}}
-        except ValueError:
-            raise InputError(
-                f'--prompt-ids is {prompt_ids!r:.80}; give integers with commas, like "1,2,3".'
-            ) from None
+        integers = re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", prompt_ids)
+        require(integers, f'--prompt-ids is {prompt_ids!r:.80}; give integers with commas, like "1,2,3".')
+        requests = {"": {"prompt_ids": [int(i) for i in prompt_ids.split(",")]}}
     else:
         if prompt is None and sys.stdin and not sys.stdin.closed and not sys.stdin.isatty():
             prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").strip() or None
         if prompt is None:
             prompt = SAMPLE
             click.echo(f"{prompt}\n", err=True)
-        records = {"": {"prompt": prompt}}
+        requests = {"": {"prompt": prompt}}
 
-    network, tokenizer, recorded = open_model(model, adapter, device, dtype, packed, record)
+    network, tokenizer, recorded = open_model(**chosen)
     decoding = decoding.resolve(network.config)
-    prompts = encode_prompts(records, tokenizer, decoding, network.config, system=system, raw=raw)
+    prompts = encode_prompts(requests, tokenizer, decoding, network.config, system=system, raw=raw)
     note_of_options(network, decoding)
-    if live and not (tokenizer and sys.stdout.isatty()):
+    if live and not (tokenizer and sys.stdout and sys.stdout.isatty()):
         click.echo("Note: --watch draws in a terminal only; this is the plain text.", err=True)
         live = False
-    if source is not None:
-        header = header_of(model, adapter, network, decoding) if PROCESSES > 1 else {}
-        records = list(records.values())
-        if raw or system is not None:  # so that a line says all of what was asked
-            records = [record | {"prompt_ids": ids} for record, ids in zip(records, prompts)]
-        answer_file(network, tokenizer, records, prompts, decoding, recorded, target, header)
-    else:
-        answer_one(
-            network, tokenizer, prompts[0], decoding, recorded, as_json, delay if live else None, trace
-        )
+    if one:
+        delay = delay if live else None
+        answer_one(network, tokenizer, prompts[0], decoding, recorded, as_json, delay, trace)
+        return
+    header = header_of(chosen, network, decoding) if PROCESSES > 1 else {}
+    requests = list(requests.values())
+    if raw or system is not None:  # so that a line says all of what was asked
+        requests = [request | {"prompt_ids": ids} for request, ids in zip(requests, prompts)]
+    answer_file(network, tokenizer, requests, prompts, decoding, recorded, target, header)
 
 
 def answer_one(
@@ -502,41 +490,29 @@ def answer_one(
 
     delay: seconds per pass of a live drawing; None: no drawing. trace: a file for the replay, or None.
     """
-    show = (lambda text: None) if as_json else lambda text: click.echo(text, nl=False)
+    show = (lambda text: None) if as_json else partial(click.echo, nl=False)
     passes = []
-    if (
-        trace
-    ):  # the first pass after loading is slow: run one now, that the first of two answers not pay for it
+    if trace:  # the first pass after loading is slow: it runs once untimed
         next(decode(model, [prompt], decoding, None, recorded))
     result = stream_answer(model, tokenizer, prompt, decoding, recorded, show, delay=delay, keep=passes)
-    found = report(result, prompt, tokenizer) | rates([result], passes[-1][1])
+    found = report(result, prompt, tokenizer, passes[-1][1])
     if as_json:
         click.echo(json.dumps(found | asdict(decoding), ensure_ascii=False))
     else:
         click.echo()
-        click.echo(summary_line(found["new_tokens"], found), err=True)
+        click.echo(summary_line(found), err=True)
     if trace:
         ar = replace(decoding, block_size=1, sub_block_size=1, verify=False, fuse_commit=False, cache="block")
         beside = []
         stream_answer(model, tokenizer, prompt, ar, recorded, lambda text: None, keep=beside)
-        page = trace_page(
-            tokenizer, prompt, passes, beside, summary_line(len(result.tokens), found), decoding
-        )
-        replace_file(Path(trace), partial(Path.write_text, data=page, encoding="utf-8"))
+        page = trace_page(tokenizer, prompt, passes, beside, summary_line(found), decoding)
+        replace_file(trace, partial(Path.write_text, data=page, encoding="utf-8"))
     if result.finish_reason is None:
         sys.exit(INTERRUPTED)
 
 
 def stream_answer(
-    model,
-    tokenizer,
-    prompt,
-    decoding,
-    recorded,
-    show,
-    memory=None,
-    delay: float | None = None,
-    keep: list | None = None,
+    model, tokenizer, prompt, decoding, recorded, show, memory=None, delay=None, keep=None
 ) -> Result:
     """Decode one prompt, handing text to `show` as it becomes final; Ctrl-C ends it after the pass in work.
 
@@ -564,16 +540,10 @@ def stream_answer(
                 return
 
     with ctrl_c() as interrupted:
-        texts = (
-            tokenizer.stream(chunks())
-            if tokenizer
-            else (" ".join(map(str, ids)) + " " for ids in chunks() if ids)
-        )
-        for text in texts:
+        as_numbers = ("".join(f"{i} " for i in ids) for ids in chunks())
+        for text in tokenizer.stream(chunks()) if tokenizer else as_numbers:
             if delay is None:
                 show(text)
-                if sys.stdout:  # None where it is closed
-                    sys.stdout.flush()
     return result
 
 
@@ -589,7 +559,7 @@ def finished(
 ) -> Iterator[tuple[int, Result]]:
     """Decode prompts in batches; yields index and result of each one when it ends.
 
-    Shows a bar that begins at `done`. Ctrl-C ends it early, after the pass in work.
+    A bar begins at `done`. After Ctrl-C the pass in work is the last.
     """
     results, total = [Result() for _ in prompts], done + len(prompts)
     with tqdm(total=total, initial=done, unit="prompt", disable=RANK > 0) as bar, ctrl_c() as interrupted:
@@ -637,7 +607,8 @@ def answer_all(
         # longest first, so that the processes end at about the same time
         order = sorted(range(start, len(prompts)), key=lambda i: -len(prompts[i]))[RANK::PROCESSES]
         left, count = [i for i in order if i not in there], 0
-        for index, result in finished(model, [prompts[i] for i in left], decoding, recorded):
+        answers = finished(model, [prompts[i] for i in left], decoding, recorded)
+        for index, result in answers:
             write_line(file, {"index": left[index]} | asdict(result))
             count += 1
     if count < len(left):
@@ -678,7 +649,7 @@ def parts_of(target: Path) -> list[Path]:
 
 
 def read_parts(target: Path, header: dict) -> dict[int, Result]:
-    """Results by the prompt's index that processes of this run, or of an earlier try, have written."""
+    """Results so far by the prompt's index, of this run and of an earlier try."""
     found = {}
     for part in parts_of(target):
         for line in written(part, header)[1:]:
@@ -699,14 +670,12 @@ def written(path: Path, header: dict) -> list[dict]:
         with suppress(ValueError, RecursionError):
             there = json.loads(content.partition(b"\n")[0])
         if isinstance(there, dict) and isinstance(there.get("options"), dict):
-            flat = lambda h: {k: v for k, v in h.items() if k != "options"} | h["options"]
-            old, new = flat(there), flat(header)
+            # option by option, so that the message names the one that differs
+            old, new = ({**h, **h["options"], "options": None} for h in (there, header))
             for name in new:
                 differs = f"holds answers with {name} {old.get(name)}, not {new[name]}"
                 require(old.get(name) == new[name], f"{path}: {differs}; name another file.")
-        raise InputError(
-            f"{path}: holds something else than answers of this run; remove it or name another file."
-        )
+        raise InputError(f"{path}: holds no answers of this run; remove it or name another file.")
     return list(parse_jsonl(content[: content.rfind(b"\n") + 1], path).values())
 
 
@@ -724,14 +693,17 @@ def locked(path: Path, problem: str) -> Iterator:
         yield file
 
 
-def header_of(model: str, adapter: str | None, network: Qwen2, decoding: Decoding) -> dict:
-    """What an answer depends on, but for its prompt: the first line of a file that a run can go on with."""
-    folder, used = locate(model), asdict(decoding)
+def header_of(chosen: dict, network: Qwen2, decoding: Decoding) -> dict:
+    """First line of a file that a run can go on with: all that an answer depends on, but its prompt."""
+    folder, used = locate(chosen["model"]), asdict(decoding)
     used.pop("batch_size")
-    files = {name: (folder / name).stat() for name in shards(folder)}
+    paths = [folder / name for name in shards(folder)]
+    if chosen["adapter"] is not None:
+        paths.append(locate(chosen["adapter"], files=ADAPTER_FILES) / ADAPTER_FILES[1])
+    files = {path.name: path.stat() for path in paths}
     return {
-        "model": model,
-        "adapter": adapter,
+        "model": chosen["model"],
+        "adapter": chosen["adapter"],
         "dtype": str(network.weight.dtype),
         "weights": {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()},
         "options": json.loads(json.dumps(used)),
@@ -739,25 +711,22 @@ def header_of(model: str, adapter: str | None, network: Qwen2, decoding: Decodin
 
 
 def answer_file(
-    model, tokenizer, records: list[dict], prompts, decoding: Decoding, recorded, target: str, header: dict
+    model, tokenizer, requests: list[dict], prompts, decoding: Decoding, recorded, target: str, header: dict
 ) -> None:
-    """Decode many prompts; each answer is written with its record's fields."""
+    """Decode many prompts; each answer is written with its request's fields."""
     results, began = [], time.perf_counter()
     place = None if target == "-" else Path(target)
     resumed = answered_before(target)
     answers = answer_all(model, prompts, decoding, recorded, place, header)
-    with (
-        closing(answers),
-        click.open_file(target, "w", encoding="utf-8") if RANK == 0 else nullcontext() as file,
-    ):
-        for result, record, prompt in zip(answers, records, prompts):
+    opened = click.open_file(target, "w", encoding="utf-8") if RANK == 0 else nullcontext()
+    with closing(answers), opened as file:
+        for result, request, prompt in zip(answers, requests, prompts):
             results.append(result)
-            write_line(file, record | report(result, prompt, tokenizer))
+            write_line(file, request | report(result, prompt, tokenizer))
     if RANK > 0:
         return
     found = rates(results, None if resumed else time.perf_counter() - began)
-    tokens = sum(len(result.tokens) for result in results)
-    click.echo(f"{len(results)} answers, " + summary_line(tokens, found), err=True)
+    click.echo(f"{len(results)} answers, " + summary_line(found), err=True)
     if len(results) < len(prompts):
         click.echo(f"Interrupted: {len(results)} of {len(prompts)} answers are written.", err=True)
         sys.exit(INTERRUPTED)
@@ -766,46 +735,17 @@ def answer_file(
 # --- eval ---
 
 
-def done_before(path: Path, problems: list[dict], header: dict) -> list[dict]:
-    """Lines that an earlier run has written, its header first.
-
-    Raises InputError, and leaves the file as it is, where that run was another one, naming what differs.
-    """
-    lines = written(path, header)
-    same = len(lines) <= len(problems) + 1 and all(
-        v.items() >= p.items() for v, p in zip(lines[1:], problems)
-    )
-    require(same, f"{path}: holds answers to other problems; remove it or name another file.")
-    return lines
-
-
 @cli.command("eval", cls=Grouped)
 @click.argument("problems", required=False)
 @model_options
 @decoding_options
-@count_option("--count", high=MOST, help="Only the first problems  [default: all, or 1000 shipped]")
+@count_option("--count", high=MOST, help="Only the first problems  [default: all of a file, 1000 shipped]")
 @option("--instruction", default="", help="Text after each question.")
 @option("--paper-prompt", is_flag=True, help=f"The paper's instruction for GSM8K: {PAPER_PROMPT}")
-@option(
-    "--output", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write each answer to JSONL."
-)
+@option("--output", "target", type=FILE, help="Write each answer to JSONL.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @reports_mistakes
-def evaluate(
-    problems,
-    model,
-    adapter,
-    device,
-    dtype,
-    packed,
-    record,
-    count,
-    instruction,
-    paper_prompt,
-    target,
-    as_json,
-    **knobs,
-):
+def evaluate(problems, count, instruction, paper_prompt, target, as_json, **given):
     """Accuracy on PROBLEMS, JSONL with `question` (or `messages`) and `answer`; default: the shipped held-out
     set.
 
@@ -813,46 +753,46 @@ def evaluate(
     run that was broken off goes on where it stopped, and `torchrun --nproc-per-node N cli.py eval ...` shares
     the problems out among N devices.
     """
-    decoding = Decoding(**knobs)
+    decoding, chosen = split_options(given)
     if target:
         require_writable("--output", target)
-    require(
-        not (paper_prompt and instruction), "--paper-prompt and --instruction exclude one another; give one."
-    )
-    problems = read_problems(
-        problems, count, "\n" + PAPER_PROMPT if paper_prompt else instruction, read_jsonl
-    )
-    network, tokenizer, recorded = open_model(model, adapter, device, dtype, packed, record)
+    both = paper_prompt and instruction
+    require(not both, "--paper-prompt and --instruction exclude one another; give one.")
+    instruction = "\n" + PAPER_PROMPT if paper_prompt else instruction
+    problems = read_problems(problems and read_jsonl(problems), count, instruction)
+    network, tokenizer, recorded = open_model(**chosen)
     decoding = decoding.resolve(network.config)
     prompts = encode_prompts(problems, tokenizer, decoding, network.config)
     problems = list(problems.values())
-    header = header_of(model, adapter, network, decoding) if target else {}
+    header = header_of(chosen, network, decoding) if target else {}
     note_of_options(network, decoding)
 
     busy = f"{target}: another run is writing it; wait for it, or name another file."
     began = time.perf_counter()
     with locked(target, busy) if target and RANK == 0 else nullcontext() as file:
-        lines = done_before(target, problems, header) if target else []
+        lines = written(target, header) if target else []
+        verdicts = lines[1:]
+        same = len(verdicts) <= len(problems)
+        same = same and all(line.items() >= p.items() for line, p in zip(verdicts, problems))
+        require(same, f"{target}: holds answers to other problems; remove it or name another file.")
         if file:
             cut_half_a_line(target)
             if not lines:
                 write_line(file, header)
-        verdicts = lines[1:]
-        start = len(verdicts)
-        resumed = answered_before(target)
-        answers = answer_all(network, prompts, decoding, recorded, target, header, start)
-        for result, problem in zip(answers, problems[start:]):
-            verdicts.append(verdict(problem, result, tokenizer))
-            if file:
-                write_line(file, verdicts[-1])
+        start, resumed = len(verdicts), answered_before(target)
+        with closing(answer_all(network, prompts, decoding, recorded, target, header, start)) as answers:
+            for result, problem in zip(answers, problems[start:]):
+                verdicts.append(verdict(problem, result, tokenizer))
+                if file:
+                    write_line(file, verdicts[-1])
     if RANK > 0:
         return
     tokens = sum(line["new_tokens"] for line in verdicts[start:])
     if verdicts:
-        found = scores(verdicts) | {
-            "tokens_per_second": None if resumed or not tokens else tokens / (time.perf_counter() - began)
-        }
-        click.echo(json.dumps(found | asdict(decoding) | environment()) if as_json else score_line(found))
+        speed = None if resumed or not tokens else tokens / (time.perf_counter() - began)
+        found = scores(verdicts) | {"tokens_per_second": speed}
+        about = asdict(decoding) | environment(str(network.weight.device))
+        click.echo(json.dumps(found | about) if as_json else score_line(found))
     if len(verdicts) < len(problems):
         kept = "are written; the same command goes on" if target else "count; with --output it could go on"
         click.echo(f"Interrupted: {len(verdicts)} of {len(problems)} answers {kept}.", err=True)
@@ -868,7 +808,7 @@ def evaluate(
 @option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", callback=numbers(float, 0, 1))
 @option("--block-sizes", help="[default: the checkpoint's]", callback=counts)
 @option("--sub-block-sizes", default="8,32", callback=counts)
-@option("--caches", default="block", callback=lambda c, p, text: text.split(","))
+@option("--caches", default="block", help="Of none, block and dual.", callback=words)
 @count_option("--count", high=MOST, default=200, help="Problems.")
 @option("--instruction", default="", help="Text after each question.")
 @option("--max-drop", type=click.FloatRange(0, 100), default=1.0, help="Points below AR to accept.")
@@ -876,9 +816,8 @@ def evaluate(
 @options(Decoding, "batch_size", "max_new_tokens", batch_size={"default": 1})
 @reports_mistakes
 def sweep(
-    problems, model, adapter, device, dtype, packed, record, thresholds, block_sizes, sub_block_sizes, caches,
-    count,
-    instruction, max_drop, as_json, **knobs,
+    problems, thresholds, block_sizes, sub_block_sizes, caches, count, instruction, max_drop, as_json,
+    batch_size, max_new_tokens, **chosen,
 ):  # fmt: skip
     """Accuracy and speed of thresholds x block sizes x sub-block sizes x caches, beside AR of the same
     weights.
@@ -888,23 +827,20 @@ def sweep(
     score without hardware: the area under accuracy against tokens per forward.
     """
     require(not math.isnan(max_drop), "--max-drop is nan; give points of accuracy, like 1.")
-    problems = read_problems(problems, count, instruction, read_jsonl)
-    network, tokenizer, recorded = open_model(model, adapter, device, dtype, packed, record)
+    problems = read_problems(problems and read_jsonl(problems), count, instruction)
+    network, tokenizer, recorded = open_model(**chosen)
+    knobs = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     choices = [Decoding(block_size=1, **knobs).resolve(network.config)]
     if network.config.mask_token_id is not None:
         choices.append(Decoding(verify=True, **knobs).resolve(network.config))
-    for size, sub, cache in itertools.product(
-        block_sizes or [network.config.block_size], sub_block_sizes, caches
-    ):
-        if size > 1 and size % sub == 0:
-            choices += [Decoding(size, sub, t, cache, **knobs).resolve(network.config) for t in thresholds]
-        else:
-            why = (
-                f"sub-block size {sub} does not divide block size {size}"
-                if size > 1
-                else "block size 1 is AR"
-            )
-            click.echo(f"Note: {why}; left out.", err=True)
+    sizes = block_sizes or [network.config.block_size]
+    for size, sub in itertools.product(sizes, sub_block_sizes):
+        if size == 1 or size % sub:
+            divides = f"sub-block size {sub} does not divide block size {size}"
+            click.echo(f"Note: {'block size 1 is AR' if size == 1 else divides}; left out.", err=True)
+            continue
+        ways = itertools.product(caches, thresholds)
+        choices += [Decoding(size, sub, t, cache, **knobs).resolve(network.config) for cache, t in ways]
     require(len(choices) > 2, "No sub-block size divides a block size above 1; choose others.")
     prompts = encode_prompts(problems, tokenizer, choices[0], network.config)
     problems = list(problems.values())
@@ -913,21 +849,19 @@ def sweep(
         generate_all(network, prompts[: decoding.batch_size], decoding, recorded)  # warms up
         began = time.perf_counter()
         results = generate_all(network, prompts, decoding, recorded)
-        speed = rates(results, time.perf_counter() - began)["tokens_per_second"]
+        rate = rates(results, time.perf_counter() - began)["tokens_per_second"]
         answers.append([verdict(problem, result, tokenizer) for problem, result in zip(problems, results)])
-        rows.append(scores(answers[-1]) | {"tokens_per_second": speed} | asdict(decoding))
-    merit = lambda row: (row["accuracy"], row["tokens_per_second"])
+        rows.append(scores(answers[-1]) | {"tokens_per_second": rate} | asdict(decoding))
+    speed = lambda row: row["tokens_per_second"]
+    merit = lambda row: (row["accuracy"], speed(row))
     for row, own in zip(rows, answers):
-        row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        row["speed_up"] = speed(row) / speed(rows[0])
         row |= paired_drop([v["correct"] for v in answers[0]], [v["correct"] for v in own], max_drop / 100)
         rivals = [merit(other) for other in rows if merit(other) != merit(row)]
-        row["best"] = not any(a >= row["accuracy"] and s >= row["tokens_per_second"] for a, s in rivals)
-    speed = lambda row: row["tokens_per_second"]
+        row["best"] = not any(a >= row["accuracy"] and s >= speed(row) for a, s in rivals)
     sure = [row for row in rows if row["drop_upper"] <= max_drop / 100 or row is rows[0]]
-    chosen, hoped = (
-        max(sure, key=speed),
-        max((r for r in rows if r["problems_needed"]), key=speed, default=None),
-    )
+    best = max(sure, key=speed)
+    hoped = max((row for row in rows if row["problems_needed"]), key=speed, default=None)
     areas = {}
     for row in rows[1:]:
         if not row["verify"]:
@@ -935,12 +869,10 @@ def sweep(
             areas.setdefault(key, []).append((row["tokens_per_forward"], 100 * row["accuracy"]))
     areas = {key: aup(points, 100 * max(r["accuracy"] for r in rows)) for key, points in areas.items()}
     if as_json:
-        scored = [
-            dict(zip(("block_size", "sub_block_size", "cache", "aup"), (*key, area)))
-            for key, area in areas.items()
-        ]
-        found = {"rows": rows, "recommended": chosen, "max_drop": max_drop, "aup": scored}
-        click.echo(json.dumps(found | environment()))
+        names = "block_size", "sub_block_size", "cache", "aup"
+        scored = [dict(zip(names, (*key, area))) for key, area in areas.items()]
+        found = {"rows": rows, "recommended": best, "max_drop": max_drop, "aup": scored}
+        click.echo(json.dumps(found | environment(str(network.weight.device))))
         return
     columns = "decoder sub-block cache accuracy s.e. tokens/forward tokens/s speed-up".split()
     click.echo(" ".join(f"{name:>14}" for name in columns))
@@ -952,14 +884,10 @@ def sweep(
     for (size, sub, cache), area in areas.items():
         click.echo(f"AUP of block size {size}, sub-block size {sub}, cache {cache}: {area:.0f}")
     within = f"within {max_drop:g} points of AR"
-    click.echo(
-        f"For 95% sure {within}, the fastest is {flags_of(chosen)}: {chosen['speed_up']:.2f} times AR."
-    )
-    if hoped and speed(hoped) > speed(chosen):
-        click.echo(
-            f"{flags_of(hoped)} is faster, {hoped['speed_up']:.2f} times AR, and may be {within}: "
-            f"--count {hoped['problems_needed']} would show it."
-        )
+    click.echo(f"For 95% sure {within}, the fastest is {flags_of(best)}: {best['speed_up']:.2f} times AR.")
+    if hoped and speed(hoped) > speed(best):
+        faster = f"{flags_of(hoped)} is faster, {hoped['speed_up']:.2f} times AR, and may be {within}"
+        click.echo(f"{faster}: --count {hoped['problems_needed']} would show it.")
 
 
 def name_of(row: dict) -> str:
@@ -985,22 +913,27 @@ def flags_of(row: dict) -> str:
 @model_options
 @option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
 @count_option("--layers", high=1000, help="Cut the shape to so many layers.")
-@option("--decoders", default="ar,block,dual", help="Of ar, block, fused, dual, none, prefix, verify, ahead.")
+@option(
+    "--decoders",
+    default="ar,block,dual",
+    help="Of ar, block, fused, dual, none, prefix, verify, ahead.",
+    callback=words,
+)
 @option("--thresholds", help="[default: 0.9]", callback=numbers(float, 0, 1))
-@option("--tokens-per-pass", help="Instead of thresholds  [default: 3, of random weights]", callback=counts)
+@option(
+    "--tokens-per-pass", help="Fixed count instead of thresholds  [default with --shape: 3]", callback=counts
+)
 @option("--sub-block-sizes", default=f"{Decoding.sub_block_size}", callback=counts)
 @option("--batch-sizes", default="1,4,16", callback=numbers(int, 1, 10**5))
-@count_option("--prompts", help="Number of prompts  [default: one batch; of problems 4, at least 16]")
+@count_option("--prompts", help="Number of prompts  [default: one batch; of problems 4 batches, at least 16]")
 @count_option(
-    "--prompt-tokens", help="Tokens per random prompt  [default: problems; 1024 without a tokenizer]"
+    "--prompt-tokens", help="Length of random prompts  [default: problems instead; 1024 without tokenizer]"
 )
 @count_option("--new-tokens", low=2, default=128, help="Longest answer.")
-@count_option("--rounds", high=1000, default=3, help="Interleaved; medians are shown.")
+@count_option("--rounds", high=1000, default=3, help="Rounds, interleaved; medians are shown.")
 @count_option("--threads", high=1024, help="CPU threads  [default: torch's]")
 @count_option("--seed", low=0, default=0, help="Of random prompts and weights.")
-@option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
-)
+@option("--json", "json_file", type=FILE, help="Write all figures here.")
 @reports_mistakes
 def bench(**given):
     """Speed, memory and time of each pass: decoders x batch sizes, beside AR and the machine's limits."""
@@ -1008,7 +941,7 @@ def bench(**given):
         from benchmarks.speed import bench
     except ModuleNotFoundError:
         raise InputError("bench needs benchmarks/speed.py beside cli.py; run it in the repository.") from None
-    bench(**given | {"decoders": given["decoders"].split(",")})
+    bench(**given)
 
 
 @cli.command(cls=Grouped)
@@ -1017,26 +950,22 @@ def bench(**given):
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @reports_mistakes
 def info(model_argument, model, as_json):
-    """What MODEL is, a folder or Hub id, without loading its weights."""
+    """Describe MODEL, a folder or Hub id, without loading its weights."""
     require(not (model and model_argument), "MODEL and --model name the same thing; give one of them.")
     folder, config, tokenizer = read_checkpoint(model or model_argument or str(SHIPPED), weights=False)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Qwen2(config).parameters())
     raw = read_json(folder / "config.json")
     dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "float32")
-    size = DTYPES[dtype].itemsize if DTYPES.get(dtype) else 4
+    size = (DTYPES.get(dtype) or torch.float32).itemsize
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    name = lambda i: f"{i}" + (f" {tokenizer.decode([i], skip_special_tokens=False)}" if tokenizer else "")
-    found = {
-        name: value
-        for name, value in asdict(config).items()
-        if "token" not in name or name == "tokenizer_size"
-    }
-    found.pop("draft_width")
+    shown = lambda i: f"{i} {tokenizer.decode([i], skip_special_tokens=False)}" if tokenizer else f"{i}"
+    apart = ("mask_token_id", "stop_token_ids", "draft_width")
+    found = {name: value for name, value in asdict(config).items() if name not in apart}
     found |= {"parameters": parameters, "dtype": dtype}
     found |= {"kind": "autoregressive" if config.block_size == 1 else "block diffusion"}
-    found |= {"mask_token": None if config.mask_token_id is None else name(config.mask_token_id)}
-    found |= {"stop_tokens": [name(i) for i in config.stop_token_ids]}
+    found |= {"mask_token": None if config.mask_token_id is None else shown(config.mask_token_id)}
+    found |= {"stop_tokens": [shown(i) for i in config.stop_token_ids]}
     found |= {"weights_mib": parameters * size / 2**20, "cache_mib_per_1024_tokens": per_position / 2**10}
     if as_json:
         click.echo(json.dumps(found))
@@ -1049,34 +978,29 @@ def info(model_argument, model, as_json):
 
 # --- chat ---
 
-CHAT_HELP = "Commands: /clear, /system TEXT, /stats, /save FILE, /help, /quit."
+CHAT_HELP = "Commands: /clear, /system TEXT, /stats, /save FILE, /help, /quit. Ctrl-C stops an answer."
 
 
-@cli.command(cls=Grouped)
-@model_options
+@cli.command(cls=Grouped, help=f"Talk with a model. {CHAT_HELP}")
+@source_options
 @decoding_options
 @option("--system", help="System message.")
 @reports_mistakes
-def chat(model, adapter, device, dtype, packed, record, system, **knobs):
-    """Talk with a model: /clear, /system TEXT, /stats, /save FILE, /help, /quit.
-
-    Finished blocks stay in the cache from turn to turn, so that a turn runs only what is new. Ctrl-C stops an
-    answer.
-    """
+def chat(system, **given):
     require(sys.stdout, "Standard output is closed, so nobody could read an answer.")
-    decoding = Decoding(**knobs)
-    network, tokenizer, _ = open_model(model, adapter, device, dtype, packed, record)
+    decoding, chosen = split_options(given)
+    network, tokenizer, _ = open_model(**chosen)
     require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
     decoding = decoding.resolve(network.config)
     note_of_options(network, decoding)
-    click.echo(f"{model}: {CHAT_HELP} Ctrl-C stops an answer.", err=True)
-    if Path(model) == SHIPPED:
+    click.echo(f"{chosen['model']}: {CHAT_HELP}", err=True)
+    if Path(chosen["model"]) == SHIPPED:
         click.echo(f"The shipped model solves word problems only. Try: {SAMPLE}", err=True)
     Chat(network, tokenizer, decoding, system).run()
 
 
 class Chat:
-    """A conversation, its memory, and what it has cost."""
+    """A conversation, and what it has cost. Finished blocks stay in its memory from turn to turn."""
 
     def __init__(self, model: Qwen2, tokenizer: Tokenizer, decoding: Decoding, system: str | None):
         self.model, self.tokenizer, self.decoding, self.system = model, tokenizer, decoding, system
@@ -1126,8 +1050,7 @@ class Chat:
             self.system = rest or None
             done = f"The system message is now: {rest}" if rest else "There is no system message now."
         elif name == "/stats":
-            tokens = sum(len(result.tokens) for result in self.results)
-            line = summary_line(tokens, rates(self.results, self.seconds or 1e-9))
+            line = summary_line(rates(self.results, self.seconds or 1e-9))
             room = self.model.config.max_position_embeddings
             done = f"{line}; {len(self.memory.tokens)} of {room} positions are in the cache"
         elif not rest:
@@ -1139,12 +1062,10 @@ class Chat:
                 done = f"Saved to {rest}."
             except OSError as error:
                 done = f"Error: {rest}: {error.strerror}."
-            except ValueError as error:  # a name that no file can have
-                done = (
-                    f"Error: {error}"
-                    if isinstance(error, InputError)
-                    else f"Error: {rest!a}: no file's name."
-                )
+            except InputError as error:
+                done = f"Error: {error}"
+            except ValueError:
+                done = f"Error: {rest!a}: no file's name."
         click.echo(done, err=True)
 
     def conversation(self) -> list[dict]:
@@ -1157,10 +1078,9 @@ class Chat:
         """
         turn = {"role": "user", "content": question}
         prompt = self.tokenizer.chat([*self.conversation(), turn])
-        room = self.model.config.max_position_embeddings - len(prompt)
-        require(
-            room > 0, f"The conversation has outgrown the model's {room + len(prompt)} positions; /clear it."
-        )
+        most = self.model.config.max_position_embeddings
+        room = most - len(prompt)
+        require(room > 0, f"The conversation has outgrown the model's {most} positions; /clear it.")
         decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
         began = time.perf_counter()
         show = partial(click.echo, nl=False)

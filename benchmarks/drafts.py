@@ -78,7 +78,7 @@ def main(model, adapter, prompts, out, widths, ahead, dtypes, max_new_tokens, on
         records = list(cli.read_jsonl(prompts).values())
         with open(out, "a", buffering=1) as file:
             if not done:
-                file.write(json.dumps(cli.environment()) + "\n")
+                file.write(json.dumps(cli.environment("cpu")) + "\n")
             for record in records[len(done) :]:
                 prompt = tokenizer.chat([{"role": "user", "content": record["prompt"]}])
                 ways = {

@@ -387,7 +387,10 @@ def main(
         else:
             found = evaluate(subject, tasks, num_fewshot=num_fewshot, **options)
             speed = found["speed"].items()
-            lines = [f"{task}: {cli.summary_line(rates['tokens'], rates)}" for task, rates in speed]
+            lines = [
+                f"{task}: {cli.summary_line(rates | {'new_tokens': rates['tokens']})}"
+                for task, rates in speed
+            ]
             table = "\n".join([utils.make_table(found), *lines])
         if rank() > 0:  # all have found the same
             return

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from decimal import Context, Decimal
 from fractions import Fraction
 from itertools import islice
@@ -118,34 +118,28 @@ def element(text: str) -> str:
     return f"{sign.strip('+')}{text}" if value else "0"
 
 
-def read_problems(
-    path: str | None, count: int | None, instruction: str, read_jsonl: Callable
-) -> dict[str, dict]:
-    """Problems {"messages", "expected"} by their place: of a JSONL file, or the shipped held-out set."""
-    if path is None:
+def read_problems(records: dict[str, dict] | None, count: int | None, instruction: str = "") -> dict:
+    """Problems {"messages", "expected"} by their place: of `records`, or of the shipped held-out set."""
+    if records is None:
         from tiny.problems import problems
 
         shipped = islice(problems("heldout", 0), count or 1000)
         records = {f"problem {number}": problem for number, problem in enumerate(shipped, 1)}
-    else:
-        records = dict(islice(read_jsonl(path).items(), count))
+    needs = "needs `question` or `messages`, and an `answer` with a number, #### or \\boxed{}."
     found = {}
-    for place, record in records.items():
+    for place, record in islice(records.items(), count):
         messages, answer = record.get("messages"), record.get("answer")
         if isinstance(record.get("question"), str):
             messages = [{"role": "user", "content": record["question"] + instruction}]
         expected = final_answer(answer) if isinstance(answer, str) else None
         good = isinstance(messages, list) and messages and expected is not None
-        require(
-            good,
-            f"{place}: needs `question` or `messages`, and an `answer` with a number, #### or \\boxed{{}}.",
-        )
+        require(good, f"{place}: {needs}")
         found[place] = {"messages": messages, "expected": expected}
     return found
 
 
 def verdict(problem: dict, result: Result, tokenizer: Tokenizer) -> dict:
-    """One line of an evaluation; the same whenever and wherever it is written."""
+    """One line of an evaluation's file. It holds no times, so a repeated run writes the same."""
     text = tokenizer.decode(result.tokens)
     answer, place = find_answer(text)
     judged = {"answer": answer, "correct": answer == problem["expected"], "answer_from": place, "text": text}
@@ -173,8 +167,8 @@ def aup(points: Iterable[tuple[float, float]], best: float | None = None) -> flo
 
     With the pairs (r, y) sorted by r: the first r y, plus the area under y W(y) by trapezoids. The weight
     W(y) = min(exp(3 (y / best - 1)), 1) punishes accuracy below the `best` (default: of these pairs), and
-    pairs more than 5 points below the first do not count. Four tokens per forward without loss have 4 times
-    AR's.
+    pairs more than 5 points below the first do not count. Decoding 4 tokens per forward without loss scores
+    4 times AR.
     """
     points = sorted(points)
     points = [(r, y) for r, y in points if y >= points[0][1] - 5]
@@ -189,11 +183,14 @@ def binomial_bound(k: int, n: int, alpha: float = 0.025) -> float:
     if k >= n:
         return 1.0
     low, high = k / n, 1.0
-    terms = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+    few = 2 * k < n
+    side = range(k + 1) if few else range(k + 1, n + 1)  # the shorter one
+    terms = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in side]
     for _ in range(40):  # bisection
         p = (low + high) / 2
-        log_p, log_q = math.log(p), math.log1p(-p) if p < 1 else -math.inf
-        at_most_k = sum(math.exp(term + i * log_p + (n - i) * log_q) for i, term in enumerate(terms))
+        log_p, log_q = math.log(p), math.log1p(-p)
+        tail = sum(math.exp(term + i * log_p + (n - i) * log_q) for i, term in zip(side, terms))
+        at_most_k = tail if few else 1 - tail
         low, high = (p, high) if at_most_k > alpha else (low, p)
     return high
 
@@ -201,16 +198,14 @@ def binomial_bound(k: int, n: int, alpha: float = 0.025) -> float:
 def paired_drop(ar: list[bool], own: list[bool], most: float) -> dict:
     """How much accuracy a decoder loses against AR on the same problems, with its upper bound at 95%.
 
-    Only problems that one of the two gets right count: the drop is (lost - gained) / n, and its bound is the
-    upper bound of the lost share less the lower bound of the gained share, each at 97.5%. `problems_needed`:
-    how many problems with such shares would bring the bound to `most`; None where it is there, or where the
-    drop exceeds it.
+    `lost` are problems that only AR gets right, `gained` those that only the decoder does. The drop is
+    (lost - gained) / n. Its bound is the upper bound of lost's share less the lower bound of gained's, each
+    at 97.5%. `problems_needed`: how many problems with these shares would bring the bound to `most`; None if
+    it is there, or if no size that was tried does.
     """
-    n, lost, gained = (
-        len(ar),
-        sum(a and not b for a, b in zip(ar, own)),
-        sum(b and not a for a, b in zip(ar, own)),
-    )
+    n = len(ar)
+    lost = sum(a and not b for a, b in zip(ar, own))
+    gained = sum(b and not a for a, b in zip(ar, own))
     bound = lambda n, lost, gained: binomial_bound(lost, n) - (1 - binomial_bound(n - gained, n))
     drop, upper, needed = (lost - gained) / n, bound(n, lost, gained), None
     if drop < most < upper:

@@ -81,7 +81,7 @@ def make_prompts(
     lengths = [length - (length - quarter) * i // max(1, count - 1) * ragged for i in range(count)]
     if tokenizer is None:
         return [prompt[:n] for prompt, n in zip(random_prompts(model.config, count, length), lengths)]
-    problems = cli.read_problems(None, count, "", cli.read_jsonl).values()
+    problems = cli.read_problems(None, count).values()
     texts = [tokenizer.chat(problem["messages"]) for problem in problems]
     return [list(islice(cycle(text), n)) for text, n in zip(texts, lengths)]
 

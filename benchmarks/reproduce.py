@@ -279,7 +279,7 @@ def main(model, problems, timed, rounds, threads, only, draw_only):
         else:
             measured[measure] = measured.get(measure) or measure(bench, timed)
             how = {"problems": problems, "timed_problems": timed, "rounds": rounds}
-            data = measured[measure] | {"measured": cli.environment() | how}
+            data = measured[measure] | {"measured": cli.environment("cpu") | how}
             (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
         with plt.rc_context(STYLE):
             panels = 2 if name in ("threshold", "sub_block_size", "block_size") else 1

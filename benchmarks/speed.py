@@ -317,7 +317,7 @@ def summary(row: Row, ar: Row | None, machine: dict) -> dict:
     options += ["max_new_tokens", "batch_size"]
     found = {"decoder": row.decoder, **{name: getattr(row.decoding, name) for name in options}}
     found |= {"prompts": len(row.prompts), "prompt_tokens": sum(map(len, row.prompts))}
-    found |= {"new_tokens": sum(len(result.tokens) for result in row.results), **cli.rates(row.results)}
+    found |= cli.rates(row.results)
     found["forward_calls"] = sum(call.kind != "prefill" for call in row.rounds[0])  # rows share one
     for name, prefill in (("", False), ("_with_prefill", True)):
         rates = row.rates(prefill)
@@ -382,7 +382,7 @@ def write_report(path: Path | None, name: str, model: Qwen2, found: dict) -> Non
         parameters = sum(p.numel() for p in Qwen2(model.config).parameters())
     about |= {"parameters": parameters, "dtype": str(model.weight.dtype)[6:]}
     about |= {"device": str(model.weight.device), "cuda": torch.version.cuda}
-    content = json.dumps(cli.environment() | about | found, indent=1) + "\n"
+    content = json.dumps(cli.environment(str(model.weight.device)) | about | found, indent=1) + "\n"
     if path:
         fastdllm.replace_file(path, partial(Path.write_text, data=content))
 
@@ -392,8 +392,8 @@ def write_report(path: Path | None, name: str, model: Qwen2, found: dict) -> Non
 
 def prepare(path: Path | None, threads: int | None) -> None:
     """Set the threads. Raises InputError where the report could not be written, before anything runs."""
-    folder = path and path.absolute().parent
-    require(not folder or folder.is_dir(), f"--json {path}: the folder {folder} does not exist.")
+    if path:
+        cli.require_writable("--json", path)
     if threads:
         torch.set_num_threads(threads)
 
@@ -474,10 +474,7 @@ def bench(
         # counts less
         count = prompts or (max(16, 4 * size) if problems else size)
         if problems:
-            texts = [
-                tokenizer.chat(p["messages"])
-                for p in cli.read_problems(None, count, "", cli.read_jsonl).values()
-            ]
+            texts = [tokenizer.chat(p["messages"]) for p in cli.read_problems(None, count).values()]
         else:
             texts = random_prompts(config, count, prompt_tokens or 1024, seed)
         rows += [Row(name, decoding, texts) for name, decoding in ways.items()]

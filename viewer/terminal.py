@@ -3,7 +3,6 @@
 import itertools
 import os
 import shutil
-import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -17,12 +16,12 @@ BLANK = "\u2591\u2591"  # a mask, as wide as a short word
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None], special: bool = True) -> list[str | None]:
-    """Text of each token; None for a mask. A character of several tokens is the last one's."""
+    """Text of each token; None for a mask. A character made of several tokens belongs to the last."""
     texts, stream = [], None
     for i in ids:
-        stream = stream or decoders.DecodeStream(skip_special_tokens=not special)
+        if i is None or stream is None:  # text after a mask begins anew
+            stream = decoders.DecodeStream(skip_special_tokens=not special)
         texts.append(None if i is None else stream.step(tokenizer.encoder, i) or "")
-        stream = None if i is None else stream
     return texts
 
 
@@ -34,8 +33,7 @@ def cell_width(character: str) -> int:
 
 
 def wrapped(cells: list[tuple[str, object]], width: int) -> list[list[tuple[str, object]]]:
-    """Cells of (text, mark) broken into lines of at most `width` columns; every character keeps its cell's
-    mark.
+    """Cells of (text, mark) as lines of at most `width` columns; each character keeps its mark.
 
     A word that fits into a line is not broken; the space before it ends the line.
     """
@@ -63,7 +61,7 @@ def wrapped(cells: list[tuple[str, object]], width: int) -> list[list[tuple[str,
 def watch(
     tokenizer: Tokenizer, passes: Iterable[Pass], begin: int, mask: int, show, delay: float = 0.0
 ) -> Iterator[Pass]:
-    """Draw what is known after each pass, masks as blanks, and wait `delay` seconds; the passes go through.
+    """After each pass draw what is known, masks as blanks; hand the pass on; then wait `delay` seconds.
 
     begin: the prompt's length. Lines that cannot change any more stay as they are, so that an answer may be
     longer than the window is high.
@@ -71,9 +69,8 @@ def watch(
     plain = "NO_COLOR" in os.environ
     tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
     for number, pass_ in enumerate(passes):
-        tokens += [mask] * (pass_.stop - begin - len(tokens))  # a new block, or drafts
-        if pass_.kind in ("draft", "verify"):
-            del tokens[final:]
+        if pass_.kind not in ("draft", "verify"):  # these leave no masks
+            tokens += [mask] * (pass_.stop - begin - len(tokens))
         for kept in pass_.revealed:
             tokens += [mask] * (kept.position + 1 - begin - len(tokens))
             tokens[kept.position - begin] = kept.token
@@ -94,12 +91,10 @@ def watch(
             drawn.append(styled)
         up = f"\x1b[{height - 1}A" if height > 1 else ""
         show(f"{up}\r\x1b[J" * (height > 0) + "\n".join(drawn))
-        sys.stdout.flush()
-        masked = [any(mark is None for _, mark in line) for line in lines]
-        settled = masked.index(True) if True in masked else len(lines) - 1
-        settled = max(0, settled - 1)  # a word of the line before may still grow and move down
-        height = len(lines) - max(printed, settled)
+        masked = (n for n, line in enumerate(lines) if any(mark is None for _, mark in line))
+        settled = next(masked, len(lines) - 1) - 1  # a word of the line before may still grow and move down
         printed = max(printed, settled)
+        height = len(lines) - printed
         yield pass_
         if not pass_.finish_reason:
             time.sleep(delay)

@@ -19,25 +19,16 @@ def trace_page(
     decoding: Decoding,
 ) -> str:
     """The page as HTML, from the template beside this file; whatever the model wrote is escaped."""
-    usual = Decoding()
-    hidden = {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up"}
-    if not decoding.verify:  # these are options of drafts alone
-        hidden |= {"accept", "draft_width", "draft_confidence"}
-    always = (
-        {"threshold", "block_size", "sub_block_size"} if not decoding.verify else {"verify", "draft_width"}
-    )
-    options = {
-        name: value
-        for name, value in vars(decoding).items()
-        if name in always or name not in hidden and value != getattr(usual, name) and value is not None
-    }
     if decoding.verify:
-        options = {k: v for k, v in options.items() if k not in ("block_size", "sub_block_size")}
+        always, hidden = {"verify", "draft_width"}, {"block_size", "sub_block_size", "accept"}
+    else:
+        always, hidden = {"threshold", "block_size", "sub_block_size"}, {"draft_width", "draft_confidence"}
+    hidden |= {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up"}
+    shown = lambda name, value: name in always or name not in hidden and value != getattr(Decoding, name)
+    options = {name: value for name, value in vars(decoding).items() if shown(name, value)}
     data = {
         "title": "How the answer was written",
-        "prompt": tokenizer.decode(prompt, skip_special_tokens=False)
-        if tokenizer
-        else " ".join(map(str, prompt)),
+        "prompt": tokenizer.decode(prompt, skip_special_tokens=False) if tokenizer else str(prompt),
         "summary": summary,
         "options": options,
         "block_size": decoding.block_size,
@@ -53,6 +44,8 @@ def trace_page(
 def lane(tokenizer: Tokenizer | None, passes: TimedPasses) -> dict:
     """Passes with their windows, times and refused drafts, and the answer's tokens with the pass of each."""
     text_of = (lambda ids: token_texts(tokenizer, ids)) if tokenizer else lambda ids: [f" {i}" for i in ids]
+    one = lambda i: text_of([i])[0]
+    drafts = lambda p: [{"position": d.position, "text": one(d.token), "confidence": d.confidence} for d in p]
     found = sorted((kept, number) for number, (pass_, _) in enumerate(passes) for kept in pass_.revealed)
     found = found[: sum(len(pass_.final) for pass_, _ in passes)]
     tokens = []
@@ -60,7 +53,7 @@ def lane(tokenizer: Tokenizer | None, passes: TimedPasses) -> dict:
         token = {"position": kept.position, "text": text, "pass": number, "confidence": kept.confidence}
         if kept.runner_up:
             other, probability = kept.runner_up
-            token["runner_up"] = {"text": text_of([other])[0], "confidence": probability}
+            token["runner_up"] = {"text": one(other), "confidence": probability}
         tokens.append(token)
     windows = [
         {
@@ -68,14 +61,7 @@ def lane(tokenizer: Tokenizer | None, passes: TimedPasses) -> dict:
             "start": pass_.start,
             "stop": pass_.stop,
             "seconds": round(seconds, 5),
-            "refused": [
-                {
-                    "position": draft.position,
-                    "text": text_of([draft.token])[0],
-                    "confidence": draft.confidence,
-                }
-                for draft in pass_.refused
-            ],
+            "refused": drafts(pass_.refused),
         }
         for pass_, seconds in passes
     ]
