@@ -165,7 +165,6 @@ def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, line, message):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_answers_to_a_system_message_keep_the_prompt_that_was_asked(tmp_path, shipped):
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
     common = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 8]
@@ -180,6 +179,7 @@ def test_answers_to_a_system_message_keep_the_prompt_that_was_asked(tmp_path, sh
         )
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_one_sentence(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
     assert "No space left" in mistake("--input", tmp_path / "in.jsonl", "--output", "/dev/full")
@@ -189,8 +189,32 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "system", "content": "a"}]}\n')
     assert "show one answer" in mistake("--input", tmp_path / "in.jsonl", "--json")
     assert "give one of them" in mistake("hi", "--json", "--watch")
+    assert "--delay is nan" in mistake("hi", "--watch", "--delay", "nan")
     assert "system message already" in mistake("--input", tmp_path / "in.jsonl", "--system", "b")
     assert "not for messages" in mistake("--input", tmp_path / "in.jsonl", "--raw")
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--input", "{}"], "Standard output is closed"),
+        (["hi", "--watch", "--max-new-tokens", "2"], "Note: --watch"),
+    ],
+)
+def test_a_closed_standard_output_is_one_sentence(tmp_path, arguments, sentence):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
+    command = [sys.executable, "cli.py", "generate", *(a.format(tmp_path / "in.jsonl") for a in arguments)]
+    found = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert sentence in found.stderr and "Traceback" not in found.stderr
+
+
+def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch):
+    monkeypatch.setattr(cli, "PROCESSES", 2)
+    for name in ("sweep", "bench", "chat", "info"):
+        found = CliRunner().invoke(cli.cli, [name])
+        assert found.exit_code == 2 and f"cli.py {name} runs in one process" in found.stderr
 
 
 def test_prompts_from_a_closed_standard_input_are_one_sentence(monkeypatch):
@@ -250,7 +274,7 @@ def test_the_prompts_file_is_never_written_over(tmp_path):
 
 def test_trace_writes_regular_files_only_and_says_so_first(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(cli, "open_model", lambda *given: pytest.fail("something ran"))
+    monkeypatch.setattr(cli, "open_model", lambda **given: pytest.fail("something ran"))
     assert "no regular file" in mistake("hi", "--trace", tmp_path / "fifo")
     assert (tmp_path / "fifo").is_fifo()
 

@@ -100,7 +100,7 @@ def test_eval_does_not_take_up_the_answers_of_other_weights(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
 def test_eval_writes_regular_files_only_and_says_so_first(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(cli, "open_model", lambda *given: pytest.fail("something ran"))
+    monkeypatch.setattr(cli, "open_model", lambda **given: pytest.fail("something ran"))
     for target, message in (
         (tmp_path / "fifo", "no regular file"),
         (tmp_path / "no" / "x", "does not exist"),
@@ -402,6 +402,12 @@ def test_trace_holds_the_answer_of_ar_decoding_and_times(tmp_path):
         times = [pass_["seconds"] for pass_ in lane["passes"]]
         assert times == sorted(times) and times[-1] > 0
     assert (data["block_size"], data["sub_block_size"], data["threshold"]) == (32, 8, 0.9)
+
+
+def test_trace_shows_the_options_that_acted():
+    page = lambda **how: trace_data(trace.trace_page(None, [1], [], [], "", Decoding(**how)))["options"]
+    assert page(accept="prefix").items() >= {"accept": "prefix", "threshold": 0.9, "block_size": None}.items()
+    assert page(verify=True, draft_width=4) == {"verify": True, "draft_width": 4}
 
 
 def test_trace_holds_what_verification_refused(shipped):

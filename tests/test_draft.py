@@ -15,10 +15,13 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 
+import cli
+import fastdllm
 import train
 import train as drafts
 from fast import prepack
 from fastdllm import (
+    Decoding,
     InputError,
     KVCache,
     adapted_layers,
@@ -147,6 +150,38 @@ def test_an_adapter_of_another_shape_and_a_rank_beyond_the_layers_are_refused(ad
         add_adapter(adapted, 97, 8.0)
     with pytest.raises(InputError, match="adapter_config.json is missing"):
         load_adapter(other, folders["tied"])
+
+
+def test_a_retrained_adapter_does_not_go_on_with_the_answers_of_the_old_one(adapted, folders, tmp_path):
+    save_adapter(adapted, tmp_path / "adapter", 8.0, "some/base", base_digest(adapted))
+    chosen = {"model": str(folders["tied"]), "adapter": str(tmp_path / "adapter")}
+    before = cli.header_of(chosen, adapted, Decoding())
+    assert before == cli.header_of(chosen, adapted, Decoding())
+    save_adapter(adapted, tmp_path / "adapter", 8.0, "some/base", base_digest(adapted))
+    assert before != cli.header_of(chosen, adapted, Decoding())
+
+
+def test_an_adapter_is_loaded_before_prepacking_and_a_full_disk_is_an_os_error(
+    adapted, tmp_path, monkeypatch
+):
+    save_adapter(adapted, tmp_path, 8.0, "some/base", base_digest(adapted))
+
+    def fails(*given):
+        raise fastdllm.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(fastdllm, "save_file", fails)
+    with pytest.raises(OSError, match="adapter_model.safetensors: cannot be written"):
+        save_adapter(adapted, tmp_path, 8.0, "some/base", "")
+    assert load_adapter(adapted, tmp_path).mask_row is not None  # the earlier one is whole
+    with pytest.raises(InputError, match="load it before"):
+        load_adapter(prepack(adapted), tmp_path)
+
+
+def test_an_answer_trains_behind_the_prompt_that_was_asked(shipped):
+    """A record with both fields is answered for `prompt`, by cli.py too."""
+    record = {"prompt": "hi", "messages": [{"role": "user", "content": "other"}], "token_ids": [5, 6]}
+    asked = shipped[1].chat([{"role": "user", "content": "hi"}])
+    assert train.document_of(record, shipped[1]) == (asked + [5, 6], [False] * len(asked) + [True] * 2)
 
 
 # --- Groups ---

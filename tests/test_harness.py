@@ -107,7 +107,7 @@ def test_answers_are_those_of_our_eval(subject, shipped, decoder):
     )
     samples = sorted(results["samples"]["word_problems"], key=lambda sample: sample["doc_id"])
     decoding = Decoding(**harness.DECODERS[decoder], max_new_tokens=128)
-    problems = cli.read_problems(str(TASKS / "word_problems.jsonl"), None, "", cli.read_jsonl)
+    problems = cli.read_problems(cli.read_jsonl(str(TASKS / "word_problems.jsonl")), None)
     prompts = cli.encode_prompts(problems, shipped[1], decoding, shipped[0].config)
     answers = cli.generate_all(shipped[0], prompts, decoding)
     verdicts = [
