@@ -167,9 +167,9 @@ json_option = click.option(
 )
 
 
-def write(target: Path | None, found: dict) -> None:
+def write(target: Path | None, found: dict, device: str) -> None:
     if target:
-        target.write_text(json.dumps(cli.environment() | found, indent=1) + "\n")
+        target.write_text(json.dumps(cli.environment(device) | found, indent=1) + "\n")
 
 
 def line(row: dict) -> str:
@@ -218,7 +218,7 @@ def cpu(model, shape, layers, threads, dtypes, compiled, rounds, seconds, target
             row |= {name: round(median(turn[name] for turn in taken), 3) for name in works}
             found.append(row)
             click.echo(line(row))
-            write(target, {"model": shape or "shipped", "layers": layers, "ms": found})
+            write(target, {"model": shape or "shipped", "layers": layers, "ms": found}, "cpu")
 
 
 WAYS = "products", "eager", "recorded", "recorded, cuDNN", "written out", "flash", "flash, paged"
@@ -277,7 +277,7 @@ def cuda(shape, layers, batch_sizes, device, seconds, target):
                 row.setdefault("share of the limit", {})[way] = round(1000 * limit / row[way], 3)
         found = {"shape": shape, "layers": layers, "positions": seen, "machine": machine}
         # after each way: a run that is cut off leaves these
-        write(target, found | {"passes": list(rows.values())})
+        write(target, found | {"passes": list(rows.values())}, device)
     for row in rows.values():
         click.echo(line(row))
 
@@ -313,7 +313,7 @@ def profile(shape, layers, device, target):
             {"name": e.key, "calls": e.count, "ms": spent(e) / 1000} for e in events if spent(e)
         ]
         found.append(row)
-        write(target, {"shape": shape, "layers": layers, "passes": found})
+        write(target, {"shape": shape, "layers": layers, "passes": found}, device)
         for kernel in row["kernels"]:
             click.echo(f"{width:3} tokens {kernel['ms']:9.3f} ms {kernel['calls']:5} {kernel['name'][:80]}")
 
@@ -344,7 +344,7 @@ def memory(shape, dtype, folder, target):
     about = {"shape": shape, "files": "bfloat16", "dtype": dtype, "system": platform.system()}
     found = json.loads(run.stdout) | about
     click.echo(json.dumps(found))
-    write(target, found)
+    write(target, found, "cpu")
 
 
 def measure_loading(folder: str, dtype: str) -> dict:

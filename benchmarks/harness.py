@@ -399,7 +399,11 @@ def main(
         runs = found.values() if paper else [found]
         answers = [item for results in runs for item in results.pop("samples").items()]
         samples = [{"task": task} | sample for task, found_samples in answers for sample in found_samples]
-        about = {"decoding": asdict(decoding), "loglikelihood": reading, "environment": cli.environment()}
+        about = {
+            "decoding": asdict(decoding),
+            "loglikelihood": reading,
+            "environment": cli.environment(device),
+        }
         write_results(output, found | about, samples)
 
 

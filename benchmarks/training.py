@@ -154,7 +154,7 @@ def layouts(threads, target, one, **how):
             f"{100 * found['flop_use']:5.1f}% of the large product's rate"
         )
         if target:
-            about = cli.environment() | how | {"model": os.path.relpath(how["model"])}
+            about = cli.environment(how["device"]) | how | {"model": os.path.relpath(how["model"])}
             target.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     losses = [row["loss"] for row in rows if "loss" in row]
     if losses:
@@ -209,7 +209,7 @@ def resume(model, data, device, processes, steps, seq_len, target):
     click.echo(json.dumps(found))
     if target:
         about = {"device": device, "processes": processes, "model": os.path.relpath(model)}
-        target.write_text(json.dumps(cli.environment() | about | found, indent=1) + "\n")
+        target.write_text(json.dumps(cli.environment(device) | about | found, indent=1) + "\n")
 
 
 # --- Ablations ---
