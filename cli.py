@@ -33,6 +33,7 @@ from benchmarks.judging import PAPER_PROMPT, aup, paired_drop, read_problems, sc
 from fast import RecordedPasses, avoid_cudnn_attention, prepack
 from fastdllm import (
     ADAPTER_FILES,
+    ADAPTER_WEIGHTS,
     DTYPES,
     Config,
     Decoding,
@@ -73,7 +74,8 @@ SAMPLE = (
 MOST = 10**5  # a --count above this is taken for a typing error
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 # this process's number, and how many torchrun started
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TORCHRUN = os.environ if "LOCAL_RANK" in os.environ else {}
+RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 # --- Mistakes ---
@@ -370,11 +372,12 @@ def summary_line(found: dict) -> str:
 
 def environment(device: str = "auto") -> dict:
     """Hardware, versions, command and date of a measurement on `device`."""
-    on_cuda, cpuinfo = pick_device(device).startswith("cuda"), Path("/proc/cpuinfo")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = names[0] if names else platform.processor() or platform.machine()
     return {
-        "hardware": torch.cuda.get_device_name() if on_cuda else processor,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -454,7 +457,7 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, del
     if not one:
         requests = read_jsonl(source)
     elif prompt_ids is not None:
-        integers = re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", prompt_ids)
+        integers = re.fullmatch(r"\s*-?\d{1,18}\s*(,\s*-?\d{1,18}\s*)*", prompt_ids)
         require(integers, f'--prompt-ids is {prompt_ids!r:.80}; give integers with commas, like "1,2,3".')
         requests = {"": {"prompt_ids": [int(i) for i in prompt_ids.split(",")]}}
     else:
@@ -699,7 +702,7 @@ def header_of(chosen: dict, network: Qwen2, decoding: Decoding) -> dict:
     used.pop("batch_size")
     paths = [folder / name for name in shards(folder)]
     if chosen["adapter"] is not None:
-        paths.append(locate(chosen["adapter"], files=ADAPTER_FILES) / ADAPTER_FILES[1])
+        paths.append(locate(chosen["adapter"], files=ADAPTER_FILES) / ADAPTER_WEIGHTS)
     files = {path.name: path.stat() for path in paths}
     return {
         "model": chosen["model"],
@@ -759,7 +762,8 @@ def evaluate(problems, count, instruction, paper_prompt, target, as_json, **give
     both = paper_prompt and instruction
     require(not both, "--paper-prompt and --instruction exclude one another; give one.")
     instruction = "\n" + PAPER_PROMPT if paper_prompt else instruction
-    problems = read_problems(problems and read_jsonl(problems), count, instruction)
+    records = None if problems is None else read_jsonl(problems)
+    problems = read_problems(records, count, instruction)
     network, tokenizer, recorded = open_model(**chosen)
     decoding = decoding.resolve(network.config)
     prompts = encode_prompts(problems, tokenizer, decoding, network.config)
@@ -827,7 +831,8 @@ def sweep(
     score without hardware: the area under accuracy against tokens per forward.
     """
     require(not math.isnan(max_drop), "--max-drop is nan; give points of accuracy, like 1.")
-    problems = read_problems(problems and read_jsonl(problems), count, instruction)
+    records = None if problems is None else read_jsonl(problems)
+    problems = read_problems(records, count, instruction)
     network, tokenizer, recorded = open_model(**chosen)
     knobs = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     choices = [Decoding(block_size=1, **knobs).resolve(network.config)]

@@ -127,9 +127,12 @@ class RecordedPasses:
         self.cache, self.passes, self.pool, self.stream = None, {}, None, None
 
     def claim(self, model: Qwen2, rows: int, length: int) -> KVCache:
-        """A cache for so many rows and positions, until `release`. Raises InputError where it is in use."""
-        own = "These recorded passes belong to another model; make new ones for this one."
-        require(model is self.model, own)
+        """A cache for so many rows and positions, until `release`.
+
+        Raises InputError where it is in use, or made for another model.
+        """
+        another = "These recorded passes belong to another model; make new ones for this one."
+        require(model is self.model, another)
         require(not self.in_use, "Recorded passes serve one decoding at a time; make one object per thread.")
         wanted = rows + 1, self.slots_for(length)
         there = tuple(self.cache.k.shape[1:3]) if self.cache else (0, 0)

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import accumulate, repeat
+from itertools import accumulate, repeat, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -765,7 +765,8 @@ class VerifiedRow(Row):
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
         """The first drafts, as long as the product of their confidences is above `draft_confidence`."""
         together = accumulate((draft.confidence for draft in drafts), operator.mul)
-        return [draft for draft, p in zip(drafts, together) if p > self.decoding.draft_confidence]
+        likely = takewhile(lambda pair: pair[1] > self.decoding.draft_confidence, zip(drafts, together))
+        return [draft for draft, _ in likely]
 
     def draw(self, guessed: list[int]) -> Tensor:
         """The numbers that AR draws for these positions, the same in every pass: so samples are AR's too."""
@@ -843,14 +844,14 @@ def decode_rows(
     model: Qwen2, prompts: list[list[int]], decoding: Decoding, memory: Memory | None, recorded
 ) -> Iterator[Pass]:
     """`decode` with resolved options and checked prompts. Row i of the cache belongs to `rows[i]`."""
-    size, places = decoding.block_size, min(len(prompts), decoding.batch_size)
+    size, count = decoding.block_size, min(len(prompts), decoding.batch_size)
     longest = max((len(prompt) for prompt in prompts), default=0) + decoding.max_new_tokens
     # a window of drafts may write past its row's last token
     length = round_up(longest, size) + decoding.verify * widest(decoding)
     if recorded:
-        cache = recorded.claim(model, places, length)
+        cache = recorded.claim(model, count, length)
     else:
-        cache = memory and memory.cache or KVCache(model.config, places, length, model.weight)
+        cache = memory and memory.cache or KVCache(model.config, count, length, model.weight)
         cache.grow(length)
     waiting = iter(enumerate(prompts))
     row_class = VerifiedRow if decoding.verify else Row
@@ -867,7 +868,7 @@ def decode_rows(
         return row
 
     try:
-        rows = [admit(place) for place in range(places)]
+        rows = [admit(place) for place in range(count)]
         while rows:
             # 1. choose the rows that run together: prefills first, then the width that most rows wait for
             widths = [shared_width(row.planned, decoding) for row in rows]
@@ -900,9 +901,9 @@ def decode_rows(
 
 
 def shared_width(pass_: Pass, decoding: Decoding) -> tuple[bool, int]:
-    """Passes of equal key run as one; the key is whether the pass is a prefill, and a width.
+    """A key: passes with the same one can run as one. It is whether the pass is a prefill, and a width.
 
-    The width is a prefill's rounded up to 64, the widest possible one of a verification, else the pass's own.
+    The width is a prefill's length rounded up to 64, the widest possible verification's, else the length.
     """
     if pass_.kind == "prefill":
         return True, round_up(len(pass_.tokens), 64)
@@ -1142,7 +1143,7 @@ def read_json(path: Path) -> dict:
 
 
 def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | None = None) -> Path:
-    """The folder `path`, or where the Hub id `path` is downloaded to: only `files`, else a checkpoint's."""
+    """The folder `path`, or of a Hub id the download: `files`, else a checkpoint with `weights` or not."""
     if Path(path).is_dir():
         return Path(path)
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))

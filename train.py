@@ -24,6 +24,7 @@ import shlex
 import shutil
 import sys
 import time
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -363,7 +364,8 @@ def read_documents(
                 require(mask not in tokens, "it holds the mask token, which only training may write")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 forms = "no JSON object with `messages`, `question` and `answer`, or `text`"
-                reason = error if isinstance(error, InputError) else f"{forms} ({error!r:.99})"
+                sentence = str(error).rstrip(".") if isinstance(error, InputError) else None
+                reason = sentence or f"{forms} ({error!r:.99})"
                 refusal = f"{path}, line {number}: {reason}; --broken skip leaves such lines out."
                 require(broken == "skip", refusal)
                 print(f"{path}, line {number}: {reason}; skipped", file=sys.stderr)
@@ -382,7 +384,7 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: Path, check: bool = False) -> "Corpus":
-        """Map `prepare`'s files into memory; `check` their sums. Raises InputError where they are damaged."""
+        """Map `prepare`'s files into memory. `check`: compare checksums. Raises InputError for damage."""
         try:
             meta, mapped = read_json(folder / "meta.json"), partial(np.memmap, mode="r")
             tokens = mapped(folder / "tokens.bin", dtype=meta["dtype"])
@@ -484,15 +486,21 @@ def pack(
     """
     rows, order = [], rng.permutation(len(lengths)).tolist()
     if packing == "documents":
-        room = [[] for _ in range(seq_len)]  # number of free positions -> rows
+        room = [[] for _ in range(seq_len)]  # number of free positions -> rows that have so many
+        sizes = []  # the numbers above 0 that some row has, sorted
         for document in order:
             for start in range(0, lengths[document], seq_len):
                 need = round_up(int(min(lengths[document] - start, seq_len)), block_size)
-                free = next((n for n in range(need, seq_len, block_size) if room[n]), seq_len)
+                at = bisect_left(sizes, need)
+                free = sizes[at] if at < len(sizes) else seq_len
                 row = room[free].pop() if free < seq_len else []
+                if free < seq_len and not room[free]:
+                    del sizes[at]
                 if not row:
                     rows.append(row)
                 row.append((document, start, start + need))
+                if free > need and not room[free - need]:
+                    insort(sizes, free - need)
                 room[free - need].append(row)
         return [rows[i] for i in rng.permutation(len(rows))]
     row, filled = [], 0
@@ -692,9 +700,8 @@ class Objective(nn.Module):
                 hidden = diffusion_pass(model, tokens, views, documents, clean=self.how.clean, masked=on)
                 found["diffusion"] = score(model, *predictions(hidden, tokens, outputs["diffusion"]))
             if "ar" in outputs:
-                made = (
-                    "diffusion" in outputs and self.how.clean == "causal"
-                )  # the clean copy is an ordinary causal pass
+                # a causal clean copy is an ordinary causal pass
+                made = "diffusion" in outputs and self.how.clean == "causal"
                 hidden = hidden[:, -1] if made else causal_pass(model, tokens, documents, masked=on)
                 found["ar"] = score(model, *predictions(hidden, tokens, outputs["ar"]))
         return found
@@ -921,7 +928,7 @@ def setting(default, help: str, low=0, high=10**9, choices: tuple = ()):
 
 
 class Settings:
-    """Raises InputError for a float that is NaN or infinite."""
+    """A base for settings: raises InputError where a float is NaN or infinite."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -1121,7 +1128,8 @@ class Trainer:
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
             replace_file(log, partial(Path.write_bytes, data=b"".join(lines[:done])))
         done_rows = done * how.batch_size
-        order = islice(self.rows(self.corpus, how.seed), done_rows, None)
+        order = self.rows(self.corpus, how.seed)
+        next(islice(order, done_rows, done_rows), None)  # skipped here, so that no step's time includes it
         with tqdm(total=how.steps * how.batch_size, initial=done_rows, unit="row", disable=rank() > 0) as bar:
             for step in range(done, how.steps):
                 began = time.perf_counter()
@@ -1372,9 +1380,8 @@ class DraftTrainer(Trainer):
 
     def batch(self, corpus: Corpus, rows: list[list[Piece]], step: int, seed: int) -> tuple:
         """This process's share of a step: documents, anchors (B, G), targets (B, G, w), other tokens."""
-        share = (
-            len(rows) // world_size()
-        )  # sorted by document: a process needs few documents' keys and values
+        share = len(rows) // world_size()
+        # sorted by document, so that a process needs the keys and values of few documents
         mine = sorted(rows)[rank() * share : (rank() + 1) * share]
         documents = [row[0][0] for row in mine]
         anchors = torch.tensor([[start - 1 for _, start, _ in row] for row in mine], device=self.device)

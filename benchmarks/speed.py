@@ -192,8 +192,8 @@ def run(
     weight, forward, ends = model.weight, fastdllm.run_passes, []
     decoding = decoding.resolve(model.config)
 
-    def watched(model, cache, slots, passes, *rest):
-        guesses = forward(model, cache, slots, passes, *rest)
+    def watched(model, cache, places, passes, *rest):
+        guesses = forward(model, cache, places, passes, *rest)
         wait(weight.device)  # a prefill that guesses nothing would still be running
         ends.append((passes, time.perf_counter()))
         return guesses

@@ -17,7 +17,7 @@ does twice are not counted.
 again, beside one that was left alone: the same losses, and tokens per second.
 
 `ablations`: which parts of the recipe, and how much of it, buy what. Adapts the autoregressive parent anew
-for each row (six adaptations, about half an hour on one core; started again, it goes on where it stopped),
+for each row (seven adaptations, about half an hour on one core; started again, it goes on where it stopped),
 evaluates each on held-out problems, and writes benchmarks/results/ablations.json. All use one seed, so
 differences of a standard error or two are noise; none is trained to its end.
 """
@@ -219,6 +219,7 @@ STEPS = 300
 ALONE = {"packing": "concatenated", "complement": False}
 ROWS = {  # name: what differs from RECIPE
     "all of it": {"ar-weight": 0.5},
+    "all of it, a causal clean copy": {"ar-weight": 0.5, "clean": "causal"},
     "without the causal loss": {},
     "original packing (documents see each other)": {"packing": "original"},
     "original packing, without the complementary view": {"packing": "original", "complement": False},
@@ -230,6 +231,7 @@ DECODERS = {
     "threshold 1": ["--threshold", "1"],
     "threshold 0.9": ["--threshold", "0.9"],
     "threshold 0.9, sub-block 32": ["--threshold", "0.9", "--sub-block-size", "32"],
+    "verify": ["--verify"],
 }
 
 
@@ -262,7 +264,7 @@ def ablations(parent, data, work, count, out):
     work.mkdir(parents=True, exist_ok=True)
     found = {
         "command": " ".join(["python", "benchmarks/training.py ablations", f"--count {count}"]),
-        **cli.environment(),
+        **cli.environment("cpu"),
     }
     found |= {"seed": 0, "recipe": RECIPE | {"steps": STEPS}, "rows": []}
     for name, changes in ROWS.items():
@@ -282,7 +284,8 @@ def ablations(parent, data, work, count, out):
         for decoder, how in DECODERS.items():
             record = folder / f"{decoder.replace(' ', '_')}.json"
             if not record.exists():
-                line = "eval", "--model", folder, "--count", count, "--max-new-tokens", 128, "--json", *how
+                line = ["eval", "--model", folder, "--device", "cpu", "--count", count, "--json", *how]
+                line += ["--max-new-tokens", 128]
                 record.write_text(run("cli.py", *line, stdout=subprocess.PIPE, text=True).stdout)
             score = json.loads(record.read_text())
             row[decoder] = {key: score[key] for key in ("accuracy", "standard_error", "tokens_per_forward")}

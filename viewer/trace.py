@@ -20,15 +20,17 @@ def trace_page(
 ) -> str:
     """The page as HTML, from the template beside this file; whatever the model wrote is escaped."""
     if decoding.verify:
-        always, hidden = {"verify", "draft_width"}, {"block_size", "sub_block_size", "accept"}
+        always = {"verify", "draft_width"}
+        hidden = {"block_size", "sub_block_size", "accept", "threshold", "tokens_per_pass"}
     else:
-        always, hidden = {"threshold", "block_size", "sub_block_size"}, {"draft_width", "draft_confidence"}
+        always = {"threshold", "block_size", "sub_block_size"}
+        hidden = {"draft_width", "draft_confidence", "draft_ahead"}
     hidden |= {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up"}
     shown = lambda name, value: name in always or name not in hidden and value != getattr(Decoding, name)
     options = {name: value for name, value in vars(decoding).items() if shown(name, value)}
     data = {
         "title": "How the answer was written",
-        "prompt": tokenizer.decode(prompt, skip_special_tokens=False) if tokenizer else str(prompt),
+        "prompt": tokenizer.decode(prompt, skip_special_tokens=False) if tokenizer else str(prompt)[1:-1],
         "summary": summary,
         "options": options,
         "block_size": decoding.block_size,
