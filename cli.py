@@ -190,7 +190,7 @@ def count_option(flag: str, low: int = 1, high: int = 10**6, **more) -> Callable
 
 
 counts = numbers(int, 1, 10**6)
-words = lambda context, parameter, text: text.split(",")
+split_words = lambda context, parameter, text: text.split(",")
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -233,6 +233,7 @@ decoding_options = options(Decoding, *KNOBS, group="Decoding")
 
 
 model_option, file_option = partial(option, group="Model"), partial(option, group="Input and output")
+# apart from the others, since the cache that chat keeps from turn to turn cannot be recorded
 record_option = model_option("--record/--no-record", default=True, help="CUDA: replay passes as CUDA graphs.")
 source_options = several(
     model_option("--model", default=str(SHIPPED), help="Folder or Hub id  [default: the shipped one]"),
@@ -812,7 +813,7 @@ def evaluate(problems, count, instruction, paper_prompt, target, as_json, **give
 @option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", callback=numbers(float, 0, 1))
 @option("--block-sizes", help="[default: the checkpoint's]", callback=counts)
 @option("--sub-block-sizes", default="8,32", callback=counts)
-@option("--caches", default="block", help="Of none, block and dual.", callback=words)
+@option("--caches", default="block", help="Of none, block and dual.", callback=split_words)
 @count_option("--count", high=MOST, default=200, help="Problems.")
 @option("--instruction", default="", help="Text after each question.")
 @option("--max-drop", type=click.FloatRange(0, 100), default=1.0, help="Points below AR to accept.")
@@ -922,7 +923,7 @@ def flags_of(row: dict) -> str:
     "--decoders",
     default="ar,block,dual",
     help="Of ar, block, fused, dual, none, prefix, verify, ahead.",
-    callback=words,
+    callback=split_words,
 )
 @option("--thresholds", help="[default: 0.9]", callback=numbers(float, 0, 1))
 @option(
