@@ -164,6 +164,7 @@ class RecordedPasses:
         draws: Tensor,
         decoding: Decoding,
         has_masks: bool,
+        causal: list[int] | None,
     ) -> Tensor:
         """What `best_guesses` gives for `outputs`, indices into the flattened (B, T) of this pass."""
         B, T = 1 << (len(places) - 1).bit_length(), tokens.shape[1]
@@ -172,11 +173,12 @@ class RecordedPasses:
         first_rows = places == list(range(B))
         seen = self.slots_for(round_up(max(starts) + T, decoding.block_size))
         numbers = [*starts, *[0] * more, *places, *[spare] * more, *outputs, *[0] * (N - len(outputs))]
+        numbers += [*causal, *[0] * more] if causal else [0] * B  # in the mask only if `clean` is causal
         numbers = torch.cat([F.pad(tokens.flatten(), (0, more * T)), torch.tensor(numbers)])
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
         options = decoding.block_size, decoding.temperature, decoding.top_p, decoding.runner_up
-        options += (decoding.verify, decoding.draft_width)
+        options += (decoding.verify, decoding.draft_width, decoding.clean)
         key = (B, T, N, seen, first_rows, has_masks, *options)
         recorded = self.passes.pop(key, None)
         if recorded is None:
@@ -193,11 +195,13 @@ class RecordedPasses:
         inputs = numbers.to(device, copy=True), draws.to(device, copy=True)
 
         def run() -> Tensor:
-            tokens, starts, rows, outputs = inputs[0].split([B * T, B, B, N])
+            tokens, starts, rows, outputs, ends = inputs[0].split([B * T, B, B, N, B])
             tokens, starts, size = tokens.view(B, T), starts[:, None], decoding.block_size
+            ends = ends[:, None] if decoding.clean == "causal" else None
+            one_block = T < size or T == size and ends is None  # a commit may be one causal block
             drafts = decoding.draft_width if decoding.verify and has_masks else None
             mask_id = model.config.mask_token_id
-            slots, positions, mask = layout(tokens, starts, seen, size, T <= size, mask_id, drafts)
+            slots, positions, mask = layout(tokens, starts, seen, size, one_block, mask_id, drafts, ends)
             read = slice(B) if first_rows else rows
             window = Window(positions, (rows[:, None], slots), (read, slice(seen)), mask)
             hidden = window_pass(model, cache, tokens, window, has_masks)

@@ -80,19 +80,24 @@ class Config:
     stop_token_ids: tuple[int, ...] = ()  # `eos_token_id`
     tokenizer_size: int | None = None  # ids from here on are padding rows of the embedding, never guessed
     draft_width: int | None = None  # masks of a draft that a loaded adapter was trained with
+    clean: str = (
+        "block"  # what tokens of finished blocks see: their whole block (paper), or "causal", as in AR
+    )
 
 
 # --- Mask ---
 
 
-def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
+def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int, causal: Tensor | None = None) -> Tensor:
     """Which keys each query sees: those of its own block and of the blocks before it (paper, section 3).
 
     Attention is bidirectional inside a block and causal between blocks. Positions of queries (..., T) and
-    keys (S) give (..., T, S) bool. Block size 1 is the ordinary causal mask. In training noisy copies of the
-    text stand beside it; what they see is `train.visibility`.
+    keys (S) give (..., T, S) bool. Block size 1 is the ordinary causal mask. causal (..., 1): queries before
+    this position see no later key, see `Config.clean`. In training noisy copies of the text stand beside it;
+    what they see is `train.visibility`.
     """
-    return queries[..., None] // block_size >= keys // block_size
+    seen = queries[..., None] // block_size >= keys // block_size
+    return seen if causal is None else seen & ((queries >= causal)[..., None] | (queries[..., None] >= keys))
 
 
 def attention_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -363,18 +368,19 @@ def layout(
     one_block: bool,
     mask_id: int | None,
     draft_width: int | None,
+    causal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots and positions of windows, and which of the first `seen` slots each query sees.
 
     tokens (B, T); starts (B or 1, 1). one_block: each window lies in one block, so that all of its queries
-    see the same. draft_width: see `draft_layout`; None: a slot is its position. Returns (B or 1, T) twice and
-    (B or 1, T or 1, seen) bool.
+    see the same. draft_width: see `draft_layout`; None: a slot is its position. causal (B or 1, 1): see
+    `block_causal_mask`. Returns (B or 1, T) twice and (B or 1, T or 1, seen) bool.
     """
     keys = torch.arange(seen, device=tokens.device)
     slots = starts + torch.arange(tokens.shape[1], device=tokens.device)
     if draft_width:
         return slots, *draft_layout(tokens, starts, keys, mask_id, draft_width)
-    return slots, slots, block_causal_mask(slots[:, -1:] if one_block else slots, keys, block_size)
+    return slots, slots, block_causal_mask(slots[:, -1:] if one_block else slots, keys, block_size, causal)
 
 
 def run_window(
@@ -386,12 +392,14 @@ def run_window(
     rows: Sequence[int] | None = None,
     has_masks: bool = False,
     draft_width: int | None = None,
+    causal: list[int] | None = None,
 ) -> Tensor:
     """`window_pass` over the slots [start, start + T) of each row, in pieces where the window is long.
 
     tokens (B, T); window i begins at `starts[i]` and belongs to row `rows[i]` of the cache (default: i).
-    draft_width: the masks are groups of drafts, see `draft_layout`; else a slot is its position. Returns
-    (B, T, D). Raises InputError for a window that must be cut and does not begin with a block.
+    draft_width: the masks are groups of drafts, see `draft_layout`; else a slot is its position. causal:
+    queries before `causal[i]` see no later key. Returns (B, T, D). Raises InputError for a window that must
+    be cut and does not begin with a block.
     """
     B, T = tokens.shape
     rows = list(range(B)) if rows is None else list(rows)
@@ -400,18 +408,24 @@ def run_window(
         aligned = all(start % block_size == 0 for start in starts)
         require(aligned, f"A window of more than {piece} positions must begin with a block.")
         parts = [(tokens[:, at : at + piece], [start + at for start in starts]) for at in range(0, T, piece)]
-        run = lambda part, at: run_window(model, part, at, cache, block_size, rows, has_masks)
+        run = lambda *part: run_window(model, *part, cache, block_size, rows, has_masks, None, causal)
         return torch.cat([run(*part) for part in parts], dim=1)
     seen = round_up(max(starts) + T, block_size)
-    same_place = len(set(starts)) == 1
-    starts = starts[:1] if same_place else starts  # then all rows share positions and mask
-    one_block = all(start // block_size == (start + T - 1) // block_size for start in starts)
+    if causal and all(start >= end for start, end in zip(starts, causal)):
+        causal = None  # no query is before it
+    same_place = len(set(zip(starts, causal or starts))) == 1
+    if same_place:  # then all rows share positions and mask
+        starts, causal = starts[:1], causal and causal[:1]
+    one_block = not causal and all(start // block_size == (start + T - 1) // block_size for start in starts)
     first, mask_id = torch.tensor(starts, device=tokens.device)[:, None], model.config.mask_token_id
+    ends = causal and torch.tensor(causal, device=tokens.device)[:, None]
     if one_block and same_place and not draft_width:  # the block is the last one that is read: all is seen
         slots = positions = first + torch.arange(T, device=tokens.device)
         mask = None
     else:
-        slots, positions, mask = layout(tokens, first, seen, block_size, one_block, mask_id, draft_width)
+        slots, positions, mask = layout(
+            tokens, first, seen, block_size, one_block, mask_id, draft_width, ends
+        )
     in_order = rows == list(range(rows[0], rows[0] + B))  # slices then read without a copy
     read = slice(rows[0], rows[0] + B) if in_order else torch.tensor(rows, device=tokens.device)
     write = read, slice(starts[0], starts[0] + T)
@@ -482,7 +496,7 @@ def knob(default, help: str, kind: type | None = None, low=None, high=None, choi
     return field(default=default, metadata=rule)
 
 
-CACHES, ACCEPTS = ("none", "block", "dual"), ("threshold", "prefix")
+CACHES, ACCEPTS, CLEAN = ("none", "block", "dual"), ("threshold", "prefix"), ("block", "causal")
 
 
 @dataclass(frozen=True)
@@ -517,6 +531,7 @@ class Decoding:
     )
     draft_ahead: bool = knob(False, "Draft in verify passes too: fewer passes, but wider ones.")
     draft_confidence: float = knob(0.0, "Verify drafts while their joint confidence is above.", float, 0, 1)
+    clean: str | None = None  # see `Config.clean`; None: the checkpoint's
 
     def __post_init__(self):
         for name, rule in ((f.name, f.metadata) for f in fields(self) if "kind" in f.metadata):
@@ -538,6 +553,9 @@ class Decoding:
         stop = self.stop_token_ids
         ok = isinstance(stop, (tuple, list, set, frozenset)) and all(type(i) is int for i in stop)
         require(ok or stop is None, f"stop_token_ids is {stop!r}, it must be a list of token ids, or None.")
+        require(
+            self.clean in (None, *CLEAN), f"clean is {self.clean!r}, it must be one of {', '.join(CLEAN)}."
+        )
         if self.verify:
             block = f"verify reads what it has cached, so cache must be block, not {self.cache}."
             require(self.cache == "block", block)
@@ -564,7 +582,9 @@ class Decoding:
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
         part = 8 if self.draft_ahead else 2  # a pass that drafts ahead grows with the square of the width
         width = self.draft_width or config.draft_width or max(1, config.block_size // part)
-        found = replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
+        clean = "block" if size == 1 else self.clean or config.clean  # at block size 1 they are the same
+        found = replace(self, block_size=size, sub_block_size=sub, clean=clean)
+        found = replace(found, stop_token_ids=stop, draft_width=width)
         room = min(most, PIECE)
         wide = f"draft_width {width} needs passes of {widest(found)} tokens, more than {room}"
         require(not self.verify or widest(found) <= room, f"{wide}; take a smaller one.")
@@ -644,6 +664,7 @@ class Row:
         # 1. Commit finished blocks: they run once more without masks, and the cache keeps what that pass
         # wrote. Of the prompt this is the prefill. Where the next block has no token yet, the last output
         # predicts its first one. A fused pass also runs the next block, and guesses its first sub-block.
+        # Where the checkpoint was adapted so, committed tokens see no later one, as in AR (`Config.clean`).
         if self.committed < begin:
             kind = "prefill" if begin <= self.prompt_length else "commit"
             if kind == "commit" and self.decoding.fuse_commit and size > 1 and begin + 1 < self.limit:
@@ -931,13 +952,14 @@ def run_passes(
     tokens = torch.tensor([pass_.tokens + [0] * (width - len(pass_.tokens)) for pass_ in passes])
     starts = [pass_.start for pass_ in passes]
     has_masks = any(model.config.mask_token_id in pass_.tokens for pass_ in passes)
+    causal = [pass_.committed for pass_ in passes] if decoding.clean == "causal" else None
     if recorded and passes[0].kind != "prefill":
-        found = recorded.run(places, tokens, starts, outputs, draws, decoding, has_masks)
+        found = recorded.run(places, tokens, starts, outputs, draws, decoding, has_masks, causal)
     else:
         device = model.weight.device
         drafts = decoding.draft_width if decoding.verify and has_masks else None
         size, tokens = decoding.block_size, tokens.to(device)
-        hidden = run_window(model, tokens, starts, cache, size, places, has_masks, drafts)
+        hidden = run_window(model, tokens, starts, cache, size, places, has_masks, drafts, causal)
         if not outputs:
             return [[] for _ in passes]
         hidden = hidden.flatten(0, 1)[torch.tensor(outputs, device=device)]
@@ -1216,6 +1238,7 @@ RULES: dict[str, tuple[Callable, str]] = {
     "rope_theta": (is_number(1, 1e12), "a number from 1 to 1e12"),
     "tie_word_embeddings": (lambda x: type(x) is bool, "true or false"),
     "mask_token_id": (is_integer(0), "a token id"),
+    "clean": (lambda x: x in CLEAN, "block or causal"),
     "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
     "model_type": (lambda x: x in ("qwen2", "Fast_dLLM_Qwen"), "qwen2 or Fast_dLLM_Qwen"),
     "hidden_act": (lambda x: x == "silu", "silu"),
@@ -1250,6 +1273,7 @@ def parse_config(raw: dict) -> Config:
     return Config(
         **{key: c[key] for key in SAME_KEYS if key in c} | {"head_dim": head_dim},
         block_size=c["bd_size"],
+        clean=c.get("clean", "block"),
         mask_token_id=mask,
         stop_token_ids=tuple(as_list(c.get("eos_token_id"))),
     )
@@ -1266,6 +1290,7 @@ def unparse_config(c: Config) -> dict:
         "eos_token_id": c.stop_token_ids[0] if len(c.stop_token_ids) == 1 else list(c.stop_token_ids),
         "mask_token_id": c.mask_token_id,
         "bd_size": c.block_size if adapted else None,
+        "clean": "causal" if adapted and c.clean == "causal" else None,
     }
     return {key: value for key, value in raw.items() if value not in (None, [])}
 

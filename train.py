@@ -52,6 +52,7 @@ from tqdm import tqdm
 from cli import HELP_OPTIONS, encode_prompt, locked, options, own_device, reports_mistakes, several
 from fast import blockwise_attention, plain_attention, sparse_attention, sparse_mask, to_int8
 from fastdllm import (
+    CLEAN,
     DTYPES,
     MASK_ROW,
     InputError,
@@ -960,7 +961,7 @@ class Training(Settings):
     clip: float = setting(1.0, "Largest gradient norm.", 1e-9)
     ar_weight: float = setting(0.0, "Weight of a causal loss beside the diffusion loss.")
     clean: str = setting(
-        "block", "What the clean copy sees: blocks (paper), or causal.", choices=("block", "causal")
+        "block", "What finished blocks see: their whole block (paper), or causal, as in AR.", choices=CLEAN
     )
     complement: bool = setting(True, "Train on the complementary view as well.")
     lora: int = setting(0, "Train low-rank layers of this rank, merged into the result; 0: all weights.")
@@ -1566,7 +1567,12 @@ def train(objective, folder, data, out, heldout, broken, device, threads, from_s
         if objective == "adapt":
             tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
             size = block_size_of(block_size, model.config.block_size)
-        model.config = replace(model.config, block_size=size, mask_token_id=mask_of(model, tokenizer))
+            other = model.config.block_size > 1 and model.config.clean != how.clean
+            require(
+                not other, f"{folder}: was adapted with --clean {model.config.clean}; adapt it with the same."
+            )
+        mask_id = mask_of(model, tokenizer)
+        model.config = replace(model.config, block_size=size, mask_token_id=mask_id, clean=how.clean)
         run = {"objective": objective, "model": str(folder), "vocab_size": model.config.vocab_size}
         run |= {"block_size": size} | lasting(how)
         run |= {"base_digest": base_digest(model)} if how.lora else {}  # no checkpoint holds a frozen base

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -98,6 +99,13 @@ def test_save_writes_what_load_reads(golden_models, tmp_path, name):
     for key, p in golden_models[name].state_dict().items():
         assert torch.equal(p, again.state_dict()[key])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_finished_blocks_see_is_kept_in_the_config(golden_models):
+    config = replace(golden_models["tied"].config, clean="causal")
+    again = fastdllm.parse_config(fastdllm.unparse_config(config))
+    assert again.clean == "causal" and Decoding().resolve(again).clean == "causal"
+    assert Decoding(block_size=1).resolve(again).clean == "block"  # AR, where the two are the same
 
 
 def test_save_replaces_a_checkpoint_of_several_files(golden_models, folder):
@@ -220,6 +228,7 @@ def test_damaged_and_missing_files_are_named(folder):
     ({"hidden_size": 2**30, "intermediate_size": 2**30}, "1073741824 x 1073741824 numbers is too large"),
     ({"num_hidden_layers": 2**30}, "num_hidden_layers 1073741824 is more than 1000"),
     ({"bd_size": True}, "bd_size is True"),
+    ({"clean": "acausal"}, "clean is 'acausal', it must be block or causal"),
     ({"rope_theta": 1e30}, r"rope_theta is 1e\+30, it must be a number from 1 to 1e12"),
     ({"rope_theta": -1.0}, "rope_theta is -1.0"),
     ({"rope_theta": float("nan")}, "rope_theta is nan"),

@@ -111,10 +111,12 @@ def test_generate_equals_golden_tokens_and_passes(golden_models, case):
 
 
 @pytest.mark.parametrize("cache", ["none", "block", "dual"])
-@pytest.mark.parametrize("size, fuse", [(1, False), (8, False), (8, True), (48, True)])
-def test_tokens_do_not_depend_on_the_pieces_of_a_long_prompt(golden_models, monkeypatch, cache, size, fuse):
+@pytest.mark.parametrize("size, how", [
+    (1, {}), (8, {}), (8, {"fuse_commit": True}), (48, {"fuse_commit": True}), (8, {"clean": "causal"}),
+])  # fmt: skip
+def test_tokens_do_not_depend_on_the_pieces_of_a_long_prompt(golden_models, monkeypatch, cache, size, how):
     prompts = [prompt_of(random.Random(n), 100 - 13 * n) for n in range(4)]
-    knobs = Decoding(size, min(size, 8), 0.6, cache, 30, stop_token_ids=(), batch_size=3, fuse_commit=fuse)
+    knobs = Decoding(size, min(size, 8), 0.6, cache, 30, stop_token_ids=(), batch_size=3, **how)
     whole = generate(golden_models["untied"], prompts, knobs)
     monkeypatch.setattr(fastdllm, "PIECE", 16)
     assert generate(golden_models["untied"], prompts, knobs) == whole
@@ -269,6 +271,7 @@ def test_rows_equal_their_single_runs(golden_models, seed, cache):
     knobs = Decoding(
         size, sub, rng.choice([0.3, 0.6, 1.0]), cache, rng.randrange(1, 40), temperature, 0.9, stops, seed, 3
     )
+    knobs = replace(knobs, clean=rng.choice(["block", "causal"]))
     together = generate(model, prompts, knobs)
     assert together == [generate(model, [prompt], knobs)[0] for prompt in prompts]
     assert (
@@ -384,6 +387,33 @@ def test_a_fused_commit_guesses_what_one_forward_over_both_blocks_gives(golden_m
             tokens += [None] * (kept.position + 1 - len(tokens))
             tokens[kept.position] = kept.token
     assert fused == 5 and len(tokens) >= 53
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_finished_blocks_are_causal_where_the_checkpoint_was_adapted_so(golden_models, cache, fuse):
+    """Each guess is that of one forward over all tokens, with the mask written out."""
+    model, mask_id = golden_models["tied"], golden_models["tied"].config.mask_token_id
+    tokens, c = prompt_of(random.Random(3), 21), model.config
+    groups = c.num_attention_heads // c.num_key_value_heads
+    knobs = Decoding(8, 8, 0.4, cache, 30, stop_token_ids=(), clean="causal", fuse_commit=fuse)
+    for step in decode(model, [tokens[:]], knobs):
+        end = step.start + len(step.tokens)
+        q = torch.arange(end)
+        seen = (q <= q[:, None]) | (q[:, None] >= step.committed) & (q // 8 <= q[:, None] // 8)
+        bias = fastdllm.attention_bias(seen[None], groups, torch.float32)
+        attend = lambda layer, *qkv, bias=bias: fastdllm.grouped_attention(*qkv, bias)
+        hidden = model(torch.tensor([tokens[: step.start] + step.tokens]), q[None], attend)
+        logits = model.logits(hidden[0])
+        logits[:, mask_id] = -torch.inf
+        p = logits[:, : model.config.tokenizer_size].softmax(-1)
+        for kept in step.revealed:
+            assert kept.token == p[kept.position - 1].argmax()
+            assert kept.confidence == pytest.approx(p[kept.position - 1].max().item(), abs=1e-4)
+            tokens += [mask_id] * (kept.position + 1 - len(tokens))
+            tokens[kept.position] = kept.token
+    assert len(tokens) >= 51
 
 
 def test_a_fused_commit_saves_a_pass_a_block_and_rows_stay_those_of_single_runs(golden_models):

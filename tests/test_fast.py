@@ -140,7 +140,8 @@ def test_without_onednn_prepacking_leaves_the_model_as_it_was(folders, monkeypat
 
 @pytest.mark.parametrize("cache", ["block", "dual"])
 @pytest.mark.parametrize("size, sub, more", [
-    (8, 4, {}), (8, 2, {"fuse_commit": True}), (1, 1, {}), (1, 1, {"verify": True, "draft_width": 5}),
+    (8, 4, {}), (8, 2, {"fuse_commit": True}), (8, 4, {"clean": "causal"}),
+    (8, 2, {"fuse_commit": True, "clean": "causal"}), (1, 1, {}), (1, 1, {"verify": True, "draft_width": 5}),
     (1, 1, {"verify": True, "draft_width": 4, "draft_ahead": True}),
 ])  # fmt: skip
 def test_recorded_passes_give_the_tokens_of_eager_ones(folders, monkeypatch, device, cache, size, sub, more):

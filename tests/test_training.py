@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import fast
 import train
 from fastdllm import (
+    Decoding,
     InputError,
     KVCache,
     Qwen2,
@@ -76,10 +77,10 @@ def masked_of(case):
     return trainable & (torch.tensor(case["u"]).view(trainable.shape) < 0.999 * t + 0.001)
 
 
-def dense(model, length, size):
+def dense(model, length, size, clean="block"):
     """The dense training mask of one view as an `attend`."""
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
-    bias = attention_bias(training_mask(length, size)[None], groups, torch.float32)
+    bias = attention_bias(training_mask(length, size, clean=clean)[None], groups, torch.float32)
     return lambda layer, *qkv: grouped_attention(*qkv, bias)
 
 
@@ -296,16 +297,19 @@ def test_one_clean_copy_for_two_views_equals_two_passes_of_view_and_clean(traina
 
 
 @torch.inference_mode()
-def test_training_forward_equals_the_windows_of_decoding(golden_models, rng):
+@pytest.mark.parametrize("clean", ["block", "causal"])
+def test_training_forward_equals_the_windows_of_decoding(golden_models, rng, clean):
     model, size, L = golden_models["tied"], 8, 24
     tokens = torch.randint(0, 280, (1, L), generator=rng)
     noisy = tokens.masked_fill(torch.rand(1, L, generator=rng) < 0.5, model.config.mask_token_id)
-    trained = model(torch.cat([noisy, tokens], 1), torch.arange(L).repeat(2)[None], dense(model, L, size))
+    both = torch.cat([noisy, tokens], 1)
+    trained = model(both, torch.arange(L).repeat(2)[None], dense(model, L, size, clean))
     cache = KVCache(model.config, 1, L, model.lm_head.weight)
     for start in range(0, L, size):
         block = slice(start, start + size)
         denoised = run_window(model, noisy[:, block], [start], cache, size)
-        committed = run_window(model, tokens[:, block], [start], cache, size)
+        causal = [start + size] if clean == "causal" else None
+        committed = run_window(model, tokens[:, block], [start], cache, size, causal=causal)
         torch.testing.assert_close(denoised, trained[:, :L][:, block], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(committed, trained[:, L:][:, block], atol=1e-4, rtol=1e-4)
 
@@ -758,6 +762,7 @@ def test_a_cosine_ends_where_its_steps_end(tmp_path):
         ({"packing": "original", "seq-len": 1024, "data": "short.jsonl"}, "does not fill one row of 1024"),
         ({"out": "short.jsonl"}, "short.jsonl"),
         ({"block-size": 1}, "--block-size 1 is autoregressive"),
+        ({"clean": "causal"}, "was adapted with --clean block"),
         ({"clip": 0}, "'--clip'"),
         ({"lr": "nan"}, "--lr is nan; give a finite number"),
         ({"lr": "inf"}, "'--lr'"),
@@ -950,6 +955,18 @@ def test_a_causal_clean_copy_gives_the_causal_loss_without_a_pass_of_its_own(tra
     loss = found["ar"][0] / trainable[:, 1:].sum()
     torch.testing.assert_close(loss, causal_loss(model, tokens, trainable))
     assert len(passes) == 1
+
+
+def test_a_checkpoint_that_was_adapted_with_a_causal_clean_copy_is_decoded_so(tmp_path, shipped):
+    model, tokenizer = shipped
+    torch.manual_seed(0)
+    parent = Qwen2(replace(model.config, num_hidden_layers=1, block_size=1))
+    save(parent, tokenizer, tmp_path / "parent")
+    line = command(
+        tmp_path, "adapt", model=tmp_path / "parent", out=tmp_path / "out", steps=1, clean="causal"
+    )
+    assert CliRunner().invoke(train.main, [*line[1:], "--block-size", "32"]).exit_code == 0
+    assert Decoding().resolve(load(tmp_path / "out", "cpu")[0].config).clean == "causal"
 
 
 def test_low_rank_layers_alone_train_and_are_merged_into_the_result(trainer, tmp_path, shipped):

@@ -25,7 +25,7 @@ def trace_page(
     else:
         always = {"threshold", "block_size", "sub_block_size"}
         hidden = {"draft_width", "draft_confidence", "draft_ahead"}
-    hidden |= {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up"}
+    hidden |= {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up", "clean"}
     shown = lambda name, value: name in always or name not in hidden and value != getattr(Decoding, name)
     options = {name: value for name, value in vars(decoding).items() if shown(name, value)}
     data = {
