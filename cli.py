@@ -371,10 +371,9 @@ def summary_line(found: dict) -> str:
     return line + (f", {found['finish_reason']}" if "finish_reason" in found else "")
 
 
-def environment(device: str = "auto") -> dict:
+def environment(device: str) -> dict:
     """Hardware, versions, command and date of a measurement on `device`."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    cpuinfo = Path("/proc/cpuinfo")
+    device, cpuinfo = torch.device(device), Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     processor = names[0] if names else platform.processor() or platform.machine()
     return {

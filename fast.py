@@ -173,13 +173,13 @@ class RecordedPasses:
         first_rows = places == list(range(B))
         seen = self.slots_for(round_up(max(starts) + T, decoding.block_size))
         numbers = [*starts, *[0] * more, *places, *[spare] * more, *outputs, *[0] * (N - len(outputs))]
-        numbers += [*causal, *[0] * more] if causal else [0] * B  # in the mask only if `clean` is causal
+        numbers += [*causal, *[0] * more] if causal else []
         numbers = torch.cat([F.pad(tokens.flatten(), (0, more * T)), torch.tensor(numbers)])
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
         options = decoding.block_size, decoding.temperature, decoding.top_p, decoding.runner_up
-        options += (decoding.verify, decoding.draft_width, decoding.clean)
-        key = (B, T, N, seen, first_rows, has_masks, *options)
+        options += (decoding.verify, decoding.draft_width)
+        key = (B, T, N, len(numbers), seen, first_rows, has_masks, *options)
         recorded = self.passes.pop(key, None)
         if recorded is None:
             while len(self.passes) >= self.MOST_GRAPHS:
@@ -195,9 +195,10 @@ class RecordedPasses:
         inputs = numbers.to(device, copy=True), draws.to(device, copy=True)
 
         def run() -> Tensor:
-            tokens, starts, rows, outputs, ends = inputs[0].split([B * T, B, B, N, B])
+            sizes = [B * T, B, B, N]
+            tokens, starts, rows, outputs, ends = inputs[0].split([*sizes, len(numbers) - sum(sizes)])
             tokens, starts, size = tokens.view(B, T), starts[:, None], decoding.block_size
-            ends = ends[:, None] if decoding.clean == "causal" else None
+            ends = ends[:, None] if len(ends) else None  # of the causal queries
             one_block = T < size or T == size and ends is None  # a commit may be one causal block
             drafts = decoding.draft_width if decoding.verify and has_masks else None
             mask_id = model.config.mask_token_id

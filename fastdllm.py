@@ -80,9 +80,7 @@ class Config:
     stop_token_ids: tuple[int, ...] = ()  # `eos_token_id`
     tokenizer_size: int | None = None  # ids from here on are padding rows of the embedding, never guessed
     draft_width: int | None = None  # masks of a draft that a loaded adapter was trained with
-    clean: str = (
-        "block"  # what tokens of finished blocks see: their whole block (paper), or "causal", as in AR
-    )
+    clean: str = "block"  # what committed tokens see: their whole block (paper), or "causal": none later
 
 
 # --- Mask ---
@@ -531,7 +529,6 @@ class Decoding:
     )
     draft_ahead: bool = knob(False, "Draft in verify passes too: fewer passes, but wider ones.")
     draft_confidence: float = knob(0.0, "Verify drafts while their joint confidence is above.", float, 0, 1)
-    clean: str | None = None  # see `Config.clean`; None: the checkpoint's
 
     def __post_init__(self):
         for name, rule in ((f.name, f.metadata) for f in fields(self) if "kind" in f.metadata):
@@ -553,9 +550,6 @@ class Decoding:
         stop = self.stop_token_ids
         ok = isinstance(stop, (tuple, list, set, frozenset)) and all(type(i) is int for i in stop)
         require(ok or stop is None, f"stop_token_ids is {stop!r}, it must be a list of token ids, or None.")
-        require(
-            self.clean in (None, *CLEAN), f"clean is {self.clean!r}, it must be one of {', '.join(CLEAN)}."
-        )
         if self.verify:
             block = f"verify reads what it has cached, so cache must be block, not {self.cache}."
             require(self.cache == "block", block)
@@ -582,9 +576,7 @@ class Decoding:
         stop = config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
         part = 8 if self.draft_ahead else 2  # a pass that drafts ahead grows with the square of the width
         width = self.draft_width or config.draft_width or max(1, config.block_size // part)
-        clean = "block" if size == 1 else self.clean or config.clean  # at block size 1 they are the same
-        found = replace(self, block_size=size, sub_block_size=sub, clean=clean)
-        found = replace(found, stop_token_ids=stop, draft_width=width)
+        found = replace(self, block_size=size, sub_block_size=sub, stop_token_ids=stop, draft_width=width)
         room = min(most, PIECE)
         wide = f"draft_width {width} needs passes of {widest(found)} tokens, more than {room}"
         require(not self.verify or widest(found) <= room, f"{wide}; take a smaller one.")
@@ -952,7 +944,9 @@ def run_passes(
     tokens = torch.tensor([pass_.tokens + [0] * (width - len(pass_.tokens)) for pass_ in passes])
     starts = [pass_.start for pass_ in passes]
     has_masks = any(model.config.mask_token_id in pass_.tokens for pass_ in passes)
-    causal = [pass_.committed for pass_ in passes] if decoding.clean == "causal" else None
+    # at block size 1 all tokens are causal anyway
+    is_causal = model.config.clean == "causal" and decoding.block_size > 1
+    causal = [pass_.committed for pass_ in passes] if is_causal else None
     if recorded and passes[0].kind != "prefill":
         found = recorded.run(places, tokens, starts, outputs, draws, decoding, has_masks, causal)
     else:

@@ -1469,7 +1469,6 @@ FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, path_type=Path)
 DIFFUSION = ("complement", "clean", "ar_weight", "lora")  # settings that only the adaptation has
 COMMON = [f.name for f in fields(Training) if f.name not in DIFFUSION]
-BROKEN = "refuse", "skip"
 DTYPE_NAMES = click.Choice(["float32", "bfloat16", "float16"])
 
 
@@ -1484,8 +1483,8 @@ run_options = several(
     click.option("--heldout", type=FILE, help="Data to measure on, never to train on."),
     click.option(
         "--broken",
-        type=click.Choice(BROKEN),
-        default=BROKEN[0],
+        type=click.Choice(["refuse", "skip"]),
+        default="refuse",
         help="End the run at a broken line, or skip it.",
     ),
     click.option("--device", default="auto", help="auto, cpu, cuda or mps."),

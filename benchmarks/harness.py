@@ -258,10 +258,8 @@ class HarnessModel(TemplateLM):
         require(len(row) <= config.max_position_embeddings, f"A question has {len(row)} tokens, too many.")
         tokens = torch.tensor([row], device=self.device)
         positions = torch.arange(len(row), device=self.device)
-        begin = torch.tensor(
-            [[len(context) // size * size]], device=self.device
-        )  # of the block with the mask
-        causal = begin if config.clean == "causal" else None
+        begin = len(context) // size * size  # of the block with the mask
+        causal = torch.tensor([[begin]], device=self.device) if config.clean == "causal" else None
         seen = block_causal_mask(positions[None], positions, size, causal)
         groups = config.num_attention_heads // config.num_key_value_heads
         bias = attention_bias(seen, groups, self.model.weight.dtype)

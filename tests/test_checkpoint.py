@@ -103,9 +103,7 @@ def test_save_writes_what_load_reads(golden_models, tmp_path, name):
 
 def test_what_finished_blocks_see_is_kept_in_the_config(golden_models):
     config = replace(golden_models["tied"].config, clean="causal")
-    again = fastdllm.parse_config(fastdllm.unparse_config(config))
-    assert again.clean == "causal" and Decoding().resolve(again).clean == "causal"
-    assert Decoding(block_size=1).resolve(again).clean == "block"  # AR, where the two are the same
+    assert fastdllm.parse_config(fastdllm.unparse_config(config)).clean == "causal"
 
 
 def test_save_replaces_a_checkpoint_of_several_files(golden_models, folder):

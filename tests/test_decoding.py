@@ -110,11 +110,20 @@ def test_generate_equals_golden_tokens_and_passes(golden_models, case):
     assert collections.Counter(f"{step.kind}:{len(step.tokens)}" for step in steps) == case["passes"]
 
 
+def adapted_with(model, clean, monkeypatch):
+    """Make a model one of `train.py adapt --clean`, for one test."""
+    monkeypatch.setattr(model, "config", replace(model.config, clean=clean))
+
+
 @pytest.mark.parametrize("cache", ["none", "block", "dual"])
 @pytest.mark.parametrize("size, how", [
-    (1, {}), (8, {}), (8, {"fuse_commit": True}), (48, {"fuse_commit": True}), (8, {"clean": "causal"}),
+    (1, {}), (8, {}), (8, {"fuse_commit": True}), (48, {"fuse_commit": True}),
 ])  # fmt: skip
-def test_tokens_do_not_depend_on_the_pieces_of_a_long_prompt(golden_models, monkeypatch, cache, size, how):
+@pytest.mark.parametrize("clean", ["block", "causal"])
+def test_tokens_do_not_depend_on_the_pieces_of_a_long_prompt(
+    golden_models, monkeypatch, cache, size, how, clean
+):
+    adapted_with(golden_models["untied"], clean, monkeypatch)
     prompts = [prompt_of(random.Random(n), 100 - 13 * n) for n in range(4)]
     knobs = Decoding(size, min(size, 8), 0.6, cache, 30, stop_token_ids=(), batch_size=3, **how)
     whole = generate(golden_models["untied"], prompts, knobs)
@@ -260,7 +269,7 @@ def test_bad_options_are_refused(knobs):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("cache", ["none", "block", "dual"])
-def test_rows_equal_their_single_runs(golden_models, seed, cache):
+def test_rows_equal_their_single_runs(golden_models, monkeypatch, seed, cache):
     rng = random.Random(seed)
     size = rng.choice([1, 4, 8, 16])
     sub = rng.choice([s for s in (1, 2, 4, 8) if size % s == 0])
@@ -271,7 +280,7 @@ def test_rows_equal_their_single_runs(golden_models, seed, cache):
     knobs = Decoding(
         size, sub, rng.choice([0.3, 0.6, 1.0]), cache, rng.randrange(1, 40), temperature, 0.9, stops, seed, 3
     )
-    knobs = replace(knobs, clean=rng.choice(["block", "causal"]))
+    adapted_with(model, rng.choice(["block", "causal"]), monkeypatch)
     together = generate(model, prompts, knobs)
     assert together == [generate(model, [prompt], knobs)[0] for prompt in prompts]
     assert (
@@ -392,12 +401,15 @@ def test_a_fused_commit_guesses_what_one_forward_over_both_blocks_gives(golden_m
 @torch.inference_mode()
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("cache", ["none", "block"])
-def test_finished_blocks_are_causal_where_the_checkpoint_was_adapted_so(golden_models, cache, fuse):
+def test_finished_blocks_are_causal_where_the_checkpoint_was_adapted_so(
+    golden_models, monkeypatch, cache, fuse
+):
     """Each guess is that of one forward over all tokens, with the mask written out."""
+    adapted_with(golden_models["tied"], "causal", monkeypatch)
     model, mask_id = golden_models["tied"], golden_models["tied"].config.mask_token_id
     tokens, c = prompt_of(random.Random(3), 21), model.config
     groups = c.num_attention_heads // c.num_key_value_heads
-    knobs = Decoding(8, 8, 0.4, cache, 30, stop_token_ids=(), clean="causal", fuse_commit=fuse)
+    knobs = Decoding(8, 8, 0.4, cache, 30, stop_token_ids=(), fuse_commit=fuse)
     for step in decode(model, [tokens[:]], knobs):
         end = step.start + len(step.tokens)
         q = torch.arange(end)

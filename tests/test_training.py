@@ -1,6 +1,8 @@
 """Training: mask, noise, loss, data, and runs that go on where they stopped."""
 
 import copy
+import errno
+import io
 import json
 import os
 import resource
@@ -23,7 +25,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 import fast
 import train
 from fastdllm import (
-    Decoding,
     InputError,
     KVCache,
     Qwen2,
@@ -710,6 +711,21 @@ def test_two_processes_train_like_one_and_resume_each_others_runs(tmp_path, para
         torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-3)
 
 
+def test_metrics_that_cannot_be_written_are_one_sentence(trainer, tmp_path, monkeypatch):
+    """On a full disk closing the file fails as writing does, since its text is still in the buffer."""
+
+    def fail(self, *text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full, usual = type("Full", (io.StringIO,), {"write": fail, "close": fail}), open
+    opened = lambda path, *how: full() if str(path).endswith("metrics.jsonl") else usual(path, *how)
+    monkeypatch.setattr(train, "open", opened, raising=False)
+    with pytest.raises(
+        InputError, match="metrics.jsonl: cannot be written .No space left on device.; there is"
+    ):
+        trainer().run(tmp_path)
+
+
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_stays(tmp_path):
     line = [sys.executable, *command(tmp_path, "adapt", out=tmp_path / "out", steps=2)]
     subprocess.run(line, check=True, capture_output=True)
@@ -966,7 +982,7 @@ def test_a_checkpoint_that_was_adapted_with_a_causal_clean_copy_is_decoded_so(tm
         tmp_path, "adapt", model=tmp_path / "parent", out=tmp_path / "out", steps=1, clean="causal"
     )
     assert CliRunner().invoke(train.main, [*line[1:], "--block-size", "32"]).exit_code == 0
-    assert Decoding().resolve(load(tmp_path / "out", "cpu")[0].config).clean == "causal"
+    assert load(tmp_path / "out", "cpu")[0].config.clean == "causal"
 
 
 def test_low_rank_layers_alone_train_and_are_merged_into_the_result(trainer, tmp_path, shipped):

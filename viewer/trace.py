@@ -25,12 +25,14 @@ def trace_page(
     else:
         always = {"threshold", "block_size", "sub_block_size"}
         hidden = {"draft_width", "draft_confidence", "draft_ahead"}
-    hidden |= {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up", "clean"}
+    hidden |= {"max_new_tokens", "batch_size", "stop_token_ids", "runner_up"}
     shown = lambda name, value: name in always or name not in hidden and value != getattr(Decoding, name)
     options = {name: value for name, value in vars(decoding).items() if shown(name, value)}
     data = {
         "title": "How the answer was written",
-        "prompt": tokenizer.decode(prompt, skip_special_tokens=False) if tokenizer else str(prompt)[1:-1],
+        "prompt": tokenizer.decode(prompt, skip_special_tokens=False)
+        if tokenizer
+        else " ".join(map(str, prompt)),
         "summary": summary,
         "options": options,
         "block_size": decoding.block_size,
