@@ -394,7 +394,7 @@ class Int8Linear(Linear):
             return F.linear(x, self.weight, self.bias)
         y = Int8Product.apply(x, self)
         y = y if self.bias is None else y + self.bias
-        return y + masked * self.adapter(x)
+        return y + self.adapter(x, masked)
 
 
 @torch.no_grad()

@@ -174,7 +174,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
         y = self.product(x)
-        return y if masked is None or self.adapter is None else y + masked * self.adapter(x)
+        return y if masked is None or self.adapter is None else y + self.adapter(x, masked)
 
 
 class RMSNorm(nn.Module):
@@ -1417,7 +1417,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LowRank(nn.Module):
-    """(alpha / r) B A x: the adapter's part of a linear layer; A is (r, in), B (out, r).
+    """(alpha / r) B A x at masks, else 0: an adapter's part of a linear layer; A is (r, in), B (out, r).
 
     On CPUs it is float32, where so small a product is several times as fast as in bfloat16.
     """
@@ -1430,10 +1430,11 @@ class LowRank(nn.Module):
         self.A, self.B = nn.Parameter(zeros((r, in_size))), nn.Parameter(zeros((out_size, r)))
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, masked: Tensor) -> Tensor:
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype  # a training on CUDA keeps float32
         A, B = self.A.to(dtype), self.B.to(dtype)
-        return F.linear(F.linear(x.to(dtype), A) * self.scale, B).to(x.dtype)
+        few = F.linear(x.to(dtype), A) * (self.scale * masked).to(dtype)
+        return F.linear(few, B).to(x.dtype)
 
 
 def names_of(layer: str) -> list[str]:

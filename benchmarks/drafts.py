@@ -12,6 +12,7 @@ what is there.
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ import cli  # noqa: E402
 from fast import prepack  # noqa: E402
 from fastdllm import Decoding, generate, load  # noqa: E402
 
-WIDTHS = cli.numbers(int, 1, 99)
+WIDTHS, CONFIDENCES = cli.numbers(int, 1, 99), cli.numbers(float, 0, 1)
 
 
 def answer(model, prompt: list[int], decoding: Decoding) -> dict:
@@ -35,7 +36,7 @@ def answer(model, prompt: list[int], decoding: Decoding) -> dict:
 def summary(lines: list[dict]) -> str:
     """Per set of prompts and way: tokens per forward, tokens/s, times AR, share of answers that are AR's."""
     heads = f"{'tokens/forward':>14} {'tokens/s':>9} {'x AR':>5} {'as AR':>8}"
-    rows = [f"{'set':<10} {'way':<33} {heads}"]
+    rows = [f"{'set':<10} {'way':<38} {heads}"]
     for name in dict.fromkeys(line["set"] for line in lines):
         part = [line["ways"] for line in lines if line["set"] == name]
         rates = {}
@@ -46,7 +47,7 @@ def summary(lines: list[dict]) -> str:
             per_forward = tokens / sum(run["forward_passes"] for run in runs)
             same = sum(ways[way]["tokens"] == ways[ar]["tokens"] for ways in part)
             cells = f"{per_forward:>14.2f} {rates[way]:>9.1f} {rates[way] / rates[ar]:>5.2f}"
-            rows.append(f"{name:<10} {way:<33} {cells} {same:>3} of {len(part)}")
+            rows.append(f"{name:<10} {way:<38} {cells} {same:>3} of {len(part)}")
     return "\n".join(rows)
 
 
@@ -59,16 +60,22 @@ def summary(lines: list[dict]) -> str:
 @click.option(
     "--ahead", default="3", show_default=True, help="The same, with --draft-ahead.", callback=WIDTHS
 )
+@click.option(
+    "--confidences", help="Also with --draft-confidence, at each of the widths.", callback=CONFIDENCES
+)
 @click.option("--dtypes", default="float32,bfloat16", show_default=True)
 @click.option("--max-new-tokens", default=384, show_default=True)
 @click.option("--summary", "only_summary", is_flag=True, help="Print the table only.")
 @cli.reports_mistakes
-def main(model, adapter, prompts, out, widths, ahead, dtypes, max_new_tokens, only_summary):
+def main(model, adapter, prompts, out, widths, ahead, confidences, dtypes, max_new_tokens, only_summary):
     decodings = {"AR": Decoding(block_size=1, max_new_tokens=max_new_tokens)}
-    for width, too in [*((w, False) for w in widths or []), *((w, True) for w in ahead or [])]:
-        decodings[f"verify, width {width}" + ", ahead" * too] = Decoding(
-            verify=True, draft_width=width, draft_ahead=too, max_new_tokens=max_new_tokens
-        )
+    verify = partial(Decoding, verify=True, max_new_tokens=max_new_tokens)
+    for w in widths or []:
+        decodings[f"verify, width {w}"] = verify(draft_width=w)
+        for c in confidences or []:
+            decodings[f"verify, width {w}, confidence {c:g}"] = verify(draft_width=w, draft_confidence=c)
+    for w in ahead or []:
+        decodings[f"verify, width {w}, ahead"] = verify(draft_width=w, draft_ahead=True)
     done = [json.loads(line) for line in out.read_text().splitlines()[1:]] if out.exists() else []
     if not only_summary:
         networks = {}
