@@ -1193,6 +1193,7 @@ class Drafting(Settings):
     rank: int = setting(14, "Rank of the adapter.", 1)
     alpha: float = setting(28.0, "The adapter's products are multiplied by alpha / rank.")
     near: float = setting(0.9, "Weight of a draft's loss, relative to the draft before it.")
+    reach: float = setting(0.7, "Share of the weights that aims at the number of kept drafts.", 0, 1)
     others: int = setting(4096, "Tokens absent from the data that each step samples as negatives.")
     int8: bool = setting(True, "On CPUs, round the frozen weights' products at masks: several times as fast.")
     lr: float = setting(1.5e-3, "Peak learning rate of AdamW; it falls linearly to 0.")
@@ -1303,12 +1304,27 @@ def draft_targets(tokens: Tensor, anchors: Tensor, width: int) -> Tensor:
     return tokens[at.clamp_max(len(tokens) - 1)].masked_fill(at >= len(tokens), -1)
 
 
-def draft_loss(model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, others: Tensor, near: float):
+def draft_weights(chances: Tensor, near: float, reach: float) -> Tensor:
+    """Weights (..., w) of the drafts' cross entropies, from the chance of each draft to be right (..., w).
+
+    Draft j is kept if the drafts 0 to j are all right, so a group keeps sum_j prod_{k <= j} p_k drafts on
+    average. Its gradient is that of sum_i w_i log p_i with w_i = sum_{j >= i} prod_{k <= j} p_k held fixed.
+    `reach` is the share of w_i. The rest is near ** i, and teaches drafts that have no chance yet.
+    """
+    kept = chances.cumprod(-1)
+    ahead = kept.flip(-1).cumsum(-1).flip(-1)
+    return reach * ahead + (1 - reach) * near ** torch.arange(chances.shape[-1], device=chances.device)
+
+
+def draft_loss(
+    model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, others: Tensor, near: float, reach: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of cross entropies, sum of the weights, and number of drafts that would be kept.
 
-    hidden (B, G, w, D), targets (B, G, w). The head runs over two sets of tokens. `ids` (sorted) holds all
-    targets. `others` is a random sample of the remaining vocabulary; its logits are raised so that it stands
-    for all of it. The full head would mostly lower tokens that never occur.
+    hidden (B, G, w, D), targets (B, G, w); near, reach: see `draft_weights`. The head runs over two sets of
+    tokens. `ids` (sorted) holds all targets. `others` is a random sample of the remaining vocabulary; its
+    logits are raised so that it stands for all of it. The full head would mostly lower tokens that never
+    occur.
     """
     some = torch.cat([ids, others])
     rest = model.config.vocab_size - len(ids)
@@ -1316,8 +1332,8 @@ def draft_loss(model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, other
     logits[..., len(ids) :] += math.log(max(1, rest) / max(1, len(others)))
     there = targets >= 0
     wanted = torch.searchsorted(ids, targets)  # 0 for -1
-    weights = near ** torch.arange(targets.shape[-1], device=targets.device) * there
     losses = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view_as(targets)
+    weights = draft_weights((-losses.detach()).exp() * there, near, reach) * there
     kept = ((logits.argmax(-1) == wanted) & there).cumprod(-1).sum()
     return (losses * weights).sum(), weights.sum(), kept
 
@@ -1396,7 +1412,9 @@ class DraftTrainer(Trainer):
         documents, anchors, targets, others = batch
         self.objective.lend(self.model)
         hidden = draft(self.model, [self.known[document] for document in documents], anchors, self.how.width)
-        loss, weight, kept = draft_loss(self.model, hidden, targets, self.ids, others, self.how.near)
+        loss, weight, kept = draft_loss(
+            self.model, hidden, targets, self.ids, others, self.how.near, self.how.reach
+        )
         sums = [float(x) for x in (loss.detach(), weight, kept, anchors.numel())]
         loss_sum, weight_sum, kept, groups = total(sums, self.device)
         (loss / weight_sum).backward()

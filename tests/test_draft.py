@@ -220,7 +220,7 @@ def test_the_loss_over_the_whole_vocabulary_is_the_weighted_cross_entropy(adapte
     hidden = torch.randn(2, 1, WIDTH, 96)
     targets = torch.tensor([[[3, 4, 3, 9]], [[9, 4, -1, -1]]])
     ids, others = torch.arange(20), torch.arange(20, adapted.config.vocab_size)
-    loss, weight, _ = draft_loss(adapted, hidden, targets, ids, others, 0.5)
+    loss, weight, _ = draft_loss(adapted, hidden, targets, ids, others, 0.5, 0)
     log_p = adapted.logits(hidden).log_softmax(-1)
     expected = -sum(
         0.5**j * log_p[row, 0, j, targets[row, 0, j]]
@@ -230,13 +230,27 @@ def test_the_loss_over_the_whole_vocabulary_is_the_weighted_cross_entropy(adapte
     torch.testing.assert_close(loss, expected)
 
 
+def test_full_reach_has_the_gradient_of_the_number_of_kept_drafts(adapted):
+    torch.manual_seed(0)
+    hidden = (3 * torch.randn(2, 1, WIDTH, 96)).requires_grad_()
+    targets = adapted.logits(hidden.detach()).argmax(-1)
+    targets[1, 0, 2:] = -1  # the second document ends after two drafts
+    p = adapted.logits(hidden).softmax(-1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    kept = (p * (targets >= 0)).cumprod(-1).sum()
+    (expected,) = torch.autograd.grad(-kept, hidden)
+    everything, none = torch.arange(adapted.config.vocab_size), torch.arange(0)
+    draft_loss(adapted, hidden, targets, everything, none, 0.5, 1.0)[0].backward()
+    torch.testing.assert_close(hidden.grad, expected)
+    assert 1 < kept < 5
+
+
 def test_sampled_others_are_weighted_as_the_whole_rest(adapted):
     torch.manual_seed(0)
     hidden, targets = torch.randn(1, 1, 1, 96) / 50, torch.tensor([[[3]]])
     ids, rest = torch.arange(20), torch.arange(20, adapted.config.vocab_size)
-    whole = draft_loss(adapted, hidden, targets, ids, rest, 1.0)[0].item()
+    whole = draft_loss(adapted, hidden, targets, ids, rest, 1.0, 0)[0].item()
     sampled = [
-        draft_loss(adapted, hidden, targets, ids, rest[torch.randperm(len(rest))[:60]], 1.0)[0].item()
+        draft_loss(adapted, hidden, targets, ids, rest[torch.randperm(len(rest))[:60]], 1.0, 0)[0].item()
         for _ in range(100)
     ]
     assert np.mean(sampled) == pytest.approx(whole, abs=0.02)
