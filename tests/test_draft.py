@@ -375,16 +375,16 @@ def test_answers_that_generate_wrote_are_read_token_by_token(tmp_path, shipped):
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path):
-    line = [sys.executable, SCRIPT, *command(tmp_path, heldout=tmp_path / "own.jsonl")]
+    line = command(tmp_path, heldout=tmp_path / "own.jsonl")
     whole, killed = ([*line, "--out", str(tmp_path / name), "--no-int8"] for name in ("whole", "killed"))
-    subprocess.run(whole, check=True, capture_output=True, cwd=ROOT)
-    run = subprocess.Popen(killed, stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert CliRunner().invoke(train.main, whole).exit_code == 0
+    run = subprocess.Popen([sys.executable, SCRIPT, *killed], stderr=subprocess.DEVNULL, cwd=ROOT)
     while run.poll() is None and not train.checkpoints(tmp_path / "killed"):
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not (tmp_path / "killed" / "adapter_config.json").exists()
-    subprocess.run(killed, check=True, capture_output=True, cwd=ROOT)
+    assert CliRunner().invoke(train.main, killed).exit_code == 0
     first, second = (
         (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")
     )
@@ -406,12 +406,11 @@ def test_an_adapter_goes_on_from_where_it_was(tmp_path):
 
 
 def test_two_processes_train_like_one(tmp_path):
-    arguments = command(tmp_path, steps=3, heldout=tmp_path / "own.jsonl")
-    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
-        line = [sys.executable, *start, SCRIPT, *arguments, "--out", str(tmp_path / name), "--no-int8"]
-        subprocess.run(
-            line, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT
-        )
+    line = command(tmp_path, steps=3, heldout=tmp_path / "own.jsonl")
+    one, two = ([*line, "--out", str(tmp_path / name), "--no-int8"] for name in ("one", "two"))
+    assert CliRunner().invoke(train.main, one).exit_code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, SCRIPT, *two], check=True, capture_output=True, cwd=ROOT)
     records = [
         [json.loads(record) for record in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
