@@ -18,6 +18,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
@@ -248,8 +249,19 @@ model_options = several(source_options, record_option)
 
 
 def split_options(given: dict) -> tuple[Decoding, dict]:
-    """A command's options as its decoding, and what `open_model` takes."""
-    return Decoding(**{name: given.pop(name) for name in KNOBS}), given
+    """A command's options as its decoding, and what `open_model` takes.
+
+    Raises InputError for an option that the decoding would ignore.
+    """
+    decoding = Decoding(**{name: given.pop(name) for name in KNOBS})
+    of_drafts = ("draft_width", "draft_ahead", "draft_confidence")
+    of_blocks = ("threshold", "sub_block_size", "tokens_per_pass", "accept")
+    verify = decoding.verify
+    reason = "--verify keeps what AR would choose" if verify else "Without --verify nothing is drafted"
+    for name in of_blocks if verify else of_drafts:
+        is_default = getattr(decoding, name) == getattr(Decoding, name)
+        require(is_default, f"{reason}, so leave --{name.replace('_', '-')} out.")
+    return decoding, given
 
 
 def own_device(device: str) -> str:
@@ -265,7 +277,11 @@ def open_model(
     model: str, adapter: str | None, device: str, dtype: str, packed: bool, record: bool = False
 ) -> tuple[Qwen2, Tokenizer | None, RecordedPasses | None]:
     """Model, tokenizer, and on CUDA recorded passes, for decoding on this process's device."""
-    network, tokenizer = load(model, own_device(device), dtype, adapter)
+    with warnings.catch_warnings(record=True) as found:
+        network, tokenizer = load(model, own_device(device), dtype, adapter)
+    if RANK == 0:  # the first process says it
+        for warning in found:
+            click.echo(f"Note: {warning.message}", err=True)
     recorded = None
     if network.weight.is_cuda:
         avoid_cudnn_attention()
@@ -389,8 +405,9 @@ def environment(device: str) -> dict:
 def note_of_options(model: Qwen2, decoding: Decoding) -> None:
     """What a user should know of options that work at a price."""
     size, trained, note = decoding.block_size, model.config.block_size, None
-    if model.mask_row is not None and size > 1:
-        note = "the adapter learnt drafts only; without --verify quality is not guaranteed"
+    if model.mask_row is not None and not decoding.verify:
+        note = "the adapter learnt drafts only; without --verify "
+        note += "quality is not guaranteed" if size > 1 else "it changes nothing"
     elif size == 1 < trained and not decoding.verify:
         note = "block size 1 decodes autoregressively, one token per pass"
     elif size not in (1, trained):
@@ -838,7 +855,8 @@ def sweep(
     choices = [Decoding(block_size=1, **knobs).resolve(network.config)]
     if network.config.mask_token_id is not None:
         choices.append(Decoding(verify=True, **knobs).resolve(network.config))
-    sizes = block_sizes or [network.config.block_size]
+    trained = network.config.block_size
+    sizes = block_sizes or [trained] * (trained > 1)
     for size, sub in itertools.product(sizes, sub_block_sizes):
         if size == 1 or size % sub:
             divides = f"sub-block size {sub} does not divide block size {size}"
@@ -846,7 +864,9 @@ def sweep(
             continue
         ways = itertools.product(caches, thresholds)
         choices += [Decoding(size, sub, t, cache, **knobs).resolve(network.config) for cache, t in ways]
-    require(len(choices) > 2, "No sub-block size divides a block size above 1; choose others.")
+    only_ar = "This checkpoint decodes by AR only, so nothing is to compare; adapt it, or give --adapter."
+    require(sizes or len(choices) > 1, only_ar)
+    require(not sizes or len(choices) > 2, "No sub-block size divides a block size above 1; choose others.")
     prompts = encode_prompts(problems, tokenizer, choices[0], network.config)
     problems = list(problems.values())
     rows, answers = [], []

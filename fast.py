@@ -8,8 +8,10 @@
 
 import math
 import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -332,9 +334,10 @@ def sparse_mask(sees: Callable, rows: int | None, side: int, device: torch.devic
 
 
 def to_levels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x (N, K) as int8, and what to multiply them with, (N, 1)."""
+    """x (N, K) as int8 levels, and each row's scale (N, 1): x is about levels * scale."""
     scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
-    return (x * (1 / scale)).round().to(torch.int8), scale
+    levels = (x * (1 / scale)).round().clamp(-127, 127)  # in bfloat16 the largest may round to 128
+    return levels.to(torch.int8), scale
 
 
 def balanced_levels(x: Tensor, balance: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,7 +348,8 @@ def from_levels(y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return y.float() * rows * columns
 
 
-if shutil.which("g++"):  # else they run as they are, several times as slow
+# compiling needs a compiler and Python's headers; else they run as they are, several times as slow
+if shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists():
     to_levels_fast, balanced_levels, from_levels = (
         torch.compile(f, dynamic=True) for f in (to_levels, balanced_levels, from_levels)
     )
@@ -375,7 +379,7 @@ class Int8Linear(Linear):
     """A frozen linear layer. Its product is int8 in passes with an adapter, and exact in other passes."""
 
     def __init__(self, linear: Linear, largest: Tensor):
-        """largest (K): per channel, the largest |input| after each position is divided by its largest.
+        """largest (K): each channel's largest share of its position's largest |input|.
 
         Channels of large inputs are shrunk and their weights grow, so that both round well (SmoothQuant).
         """

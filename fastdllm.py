@@ -611,7 +611,7 @@ class Pass:
 
     @property
     def stop(self) -> int:
-        """The first position after the window; with drafts, whose masks share positions, the last guessed."""
+        """The first position after the window; of drafts, whose groups share positions, the last guessed."""
         drafts = self.kind in ("draft", "verify")
         return self.guessed[-1] if drafts else self.start + len(self.tokens)
 
@@ -728,15 +728,15 @@ class VerifiedRow(Row):
 
     All passes have block size 1. Draft and verify passes take turns. A draft pass adds AR's next token, and
     drafts what follows. A verify pass adds the drafts that AR agrees with, then AR's next token. If no draft
-    is worth verifying, another draft pass follows. With `draft_ahead` a verify pass also drafts, once for
-    each number of drafts that it may keep, and the next pass verifies again. After the prefill all but the
-    last known token is committed.
+    is worth verifying, another draft pass follows. With `draft_ahead` a verify pass also drafts, behind each
+    token that may be the last one kept, and the next pass verifies again. After the prefill all but the last
+    known token is committed.
     """
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
         self.drafts = []  # list of Revealed, for the positions from `final` on
-        self.numbers = []  # uniform, of each new token
+        self.numbers = []  # what AR draws for each new position, uniform in [0, 1)
 
     def next_pass(self) -> Pass:
         start, room, width = self.committed, self.limit - self.final, self.decoding.draft_width
@@ -751,7 +751,7 @@ class VerifiedRow(Row):
         self.drafts = self.drafts[: room - 1]
         if self.drafts:
             kind, masks = "verify", width if self.decoding.draft_ahead else 0
-        else:  # a draft pass adds a token, and so does its verification: no room for more drafts
+        else:  # this pass and its verification each write a token of AR's, so room - 2 drafts can be kept
             kind, masks = "draft", min(width, max(0, room - 2))
         window = [self.tokens[start], *(draft.token for draft in self.drafts)]
         # The token at position i predicts position i + 1. The masks of its group are at i + 1, i + 2, ... and
@@ -769,10 +769,9 @@ class VerifiedRow(Row):
         kept = [*agree, False].index(False)  # a draft pass has none to compare
         pass_.revealed, pass_.refused = found[: kept + 1], self.drafts[kept:]
         self.committed = pass_.committed = pass_.committed + kept
-        # one group of drafts for each number of drafts that the pass might keep: take the one that came true
-        tokens = len(agree) + 1
-        masks = len(found) // tokens - 1  # of a group
-        self.drafts = self.promising(found[tokens + masks * kept :][:masks])
+        groups = len(agree) + 1  # group k drafts what follows if k drafts are kept
+        masks = len(found) // groups - 1  # of a group
+        self.drafts = self.promising(found[groups + masks * kept :][:masks])
         self.finish(pass_)
 
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
@@ -1433,8 +1432,8 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, masked: Tensor) -> Tensor:
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype  # a training on CUDA keeps float32
         A, B = self.A.to(dtype), self.B.to(dtype)
-        few = F.linear(x.to(dtype), A) * (self.scale * masked).to(dtype)
-        return F.linear(few, B).to(x.dtype)
+        low = torch.where(masked, F.linear(x.to(dtype), A) * self.scale, 0)
+        return F.linear(low, B).to(x.dtype)
 
 
 def names_of(layer: str) -> list[str]:
@@ -1524,22 +1523,26 @@ def load_adapter(model: Qwen2, path: str | os.PathLike) -> Qwen2:
     most = c.max_position_embeddings
     ok = width is None or type(width) is int and 1 <= width <= most
     require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number from 1 to {most}.")
-    fits = type(ids[0]) is int and 0 <= ids[0] < c.vocab_size and c.mask_token_id in (None, ids[0])
+    # a base without a mask token takes one that no text has
+    fits = type(ids[0]) is int and ids[0] in (c.mask_token_id, *range(c.tokenizer_size or 0, c.vocab_size))
+    fits = fits and c.mask_token_id in (None, ids[0])
     require(fits, f"{folder}: its mask is id {ids[0]}, the base's {c.mask_token_id} of {c.vocab_size}.")
     found, wanted = tensor_shapes(folder / ADAPTER_WEIGHTS), {MASK_ROW: [1, c.hidden_size]}
     for name, layer in adapted_layers(model).items():
         out_size, in_size = layer.weight.shape
         wanted |= zip(names_of(name), ([r, in_size], [out_size, r]))
     wrong = [name for name in found | wanted if found.get(name) != wanted.get(name)]
-    problem = f"does not fit this base; of another shape: {brief(min(wrong, default=''))}"
+    tensor = brief(min(wrong, default=""))
+    problem = f"does not fit this base: {tensor} is missing, unknown or of another shape"
     require(not wrong, f"{folder}: {problem}.")
     add_adapter(model, r, alpha)
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
         for name, tensor in adapter_tensors(model).items():
             tensor.copy_(weights.get_tensor(name))
     model.config = replace(c, mask_token_id=ids[0], draft_width=width)
-    if raw.get("base_digest") != base_digest(model):
+    # float16 rounds small weights of bfloat16, so its digest says nothing
+    if raw.get("base_digest") != base_digest(model) and model.weight.dtype != torch.float16:
         base = brief(raw.get("base_model_name_or_path"))
-        problem = f"{folder}: was trained on other weights, {base}; few drafts may be right."
-        warnings.warn(problem, stacklevel=2)
+        other = f"{folder}: was trained on other weights than these (its base is named {base})."
+        warnings.warn(f"{other} The text stays this model's own, but fewer drafts may be kept.", stacklevel=2)
     return model

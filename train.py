@@ -364,7 +364,7 @@ def read_documents(
                 require(inside, "it has token ids outside the vocabulary")
                 require(mask not in tokens, "it holds the mask token, which only training may write")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                forms = "no JSON object with `messages`, `question` and `answer`, or `text`"
+                forms = "no JSON object with `messages`, `question` and `answer`, `text`, or `token_ids`"
                 sentence = str(error).rstrip(".") if isinstance(error, InputError) else None
                 reason = sentence or f"{forms} ({error!r:.99})"
                 refusal = f"{path}, line {number}: {reason}; --broken skip leaves such lines out."
@@ -1187,13 +1187,13 @@ class Drafting(Settings):
     """How to train a draft adapter."""
 
     steps: int = setting(1500, "Steps of the optimiser.", 1)
-    batch_size: int = setting(16, "Rows per step of all devices; a row is some groups of a document.", 1)
-    anchors: int = setting(5, "Groups of masks in a row.", 1)
+    batch_size: int = setting(16, "Rows per step, of all devices; a row has --anchors groups.", 1)
+    anchors: int = setting(5, "Groups of masks in a row, all in one document.", 1)
     width: int = setting(8, "Masks of a group: how far a draft goes.", 1)
     rank: int = setting(14, "Rank of the adapter.", 1)
     alpha: float = setting(28.0, "The adapter's products are multiplied by alpha / rank.")
     near: float = setting(0.9, "Weight of a draft's loss, relative to the draft before it.")
-    reach: float = setting(0.7, "Share of the weights that aims at the number of kept drafts.", 0, 1)
+    reach: float = setting(0.7, "0: a draft's weight is --near's alone; 1: the gain in kept drafts.", 0, 1)
     others: int = setting(4096, "Tokens absent from the data that each step samples as negatives.")
     int8: bool = setting(True, "On CPUs, round the frozen weights' products at masks: several times as fast.")
     lr: float = setting(1.5e-3, "Peak learning rate of AdamW; it falls linearly to 0.")
@@ -1299,9 +1299,13 @@ def draft(model: Qwen2, known: list[Tensor], anchors: Tensor, width: int) -> Ten
 
 
 def draft_targets(tokens: Tensor, anchors: Tensor, width: int) -> Tensor:
-    """Targets (G, w) of the masks behind anchors (G) in one document's tokens; -1 beyond its end."""
+    """Targets (G, w) of the masks behind anchors (G) in one document's tokens; -1 from its answer's end on.
+
+    tokens: see `Known.targets`.
+    """
     at = anchors[:, None] + torch.arange(2, width + 2, device=tokens.device)
-    return tokens[at.clamp_max(len(tokens) - 1)].masked_fill(at >= len(tokens), -1)
+    found = tokens[at.clamp_max(len(tokens) - 1)].masked_fill(at >= len(tokens), -1)
+    return found.masked_fill((found < 0).cumsum(-1) > 0, -1)
 
 
 def draft_weights(chances: Tensor, near: float, reach: float) -> Tensor:
@@ -1329,12 +1333,13 @@ def draft_loss(
     some = torch.cat([ids, others])
     rest = model.config.vocab_size - len(ids)
     logits = F.linear(hidden, model.lm_head.weight[some].to(hidden.dtype)).float()
+    best = logits.argmax(-1)
     logits[..., len(ids) :] += math.log(max(1, rest) / max(1, len(others)))
     there = targets >= 0
     wanted = torch.searchsorted(ids, targets)  # 0 for -1
     losses = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none").view_as(targets)
     weights = draft_weights((-losses.detach()).exp() * there, near, reach) * there
-    kept = ((logits.argmax(-1) == wanted) & there).cumprod(-1).sum()
+    kept = ((best == wanted) & there).cumprod(-1).sum()
     return (losses * weights).sum(), weights.sum(), kept
 
 
@@ -1411,7 +1416,8 @@ class DraftTrainer(Trainer):
         """Gradients of one step, as if one process had run all its rows; loss, and drafts kept of a group."""
         documents, anchors, targets, others = batch
         self.objective.lend(self.model)
-        hidden = draft(self.model, [self.known[document] for document in documents], anchors, self.how.width)
+        known = {document: self.known[document] for document in set(documents)}
+        hidden = draft(self.model, [known[document] for document in documents], anchors, self.how.width)
         loss, weight, kept = draft_loss(
             self.model, hidden, targets, self.ids, others, self.how.near, self.how.reach
         )
@@ -1650,7 +1656,8 @@ def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, devi
         mask_id = mask_of(model, tokenizer)
         model.config = replace(model.config, mask_token_id=mask_id, draft_width=how.width)
         digest = base_digest(model)
-        run = {"objective": "draft", "base_digest": digest, "adapter": adapter} | lasting(how)
+        run = {"objective": "draft", "base_digest": digest, "dtype": str(model.weight.dtype)}
+        run |= {"adapter": adapter} | lasting(how)
         corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
         longest, room = int(corpus.lengths.max()), model.config.max_position_embeddings
         require(longest <= room, f"{data}: a document has {longest} tokens, the model {room} positions.")

@@ -29,7 +29,8 @@ TASK += "block:"
 
 def read_jsonl(path: Path) -> Iterator[dict]:
     """Records of a JSONL file, which may be compressed by gzip."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
@@ -57,7 +58,7 @@ def functions() -> list[str]:
         "lib2to3",
         "tkinter",
         "turtle",
-    }  # these open windows
+    }  # importing these opens windows, or prints
     for name in [*(name for name in names if name not in skipped), "numpy"]:
         for module in submodules(name):
             for key, value in sorted(vars(module).items()):

@@ -1,17 +1,18 @@
-"""Verified drafts beside AR decoding of the same weights: one prompt at a time, in turns, in float32 and
-bfloat16.
+"""Verified drafts beside AR decoding of the same weights, in float32 and bfloat16: one prompt at a time, all
+ways in turn, another one first at each prompt. Each way runs once before it is measured.
 
     python benchmarks/drafts.py --model FOLDER --adapter adapters/qwen2.5-coder-0.5b-instruct \
         --prompts prompts.jsonl --out drafts.jsonl
 
 Each line of the result is one prompt: for each way its tokens, passes and seconds, and whether the answer is
-AR's in the same dtype, to the last token. A run that was stopped goes on. `--summary` prints the table of
-what is there.
+AR's in the same dtype, to the last token. A run that was stopped goes on. `--summary --out FILE` prints the
+table of what is there.
 """
 
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import cli  # noqa: E402
 from fast import prepack  # noqa: E402
-from fastdllm import Decoding, generate, load  # noqa: E402
+from fastdllm import Decoding, generate, load, require  # noqa: E402
 
 WIDTHS, CONFIDENCES = cli.numbers(int, 1, 99), cli.numbers(float, 0, 1)
 
@@ -52,9 +53,9 @@ def summary(lines: list[dict]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--model", required=True, help="Folder or Hub id.")
-@click.option("--adapter", required=True, help="Folder or Hub id.")
-@click.option("--prompts", required=True, type=click.Path(exists=True), help="JSONL with `set` and `prompt`.")
+@click.option("--model", help="Folder or Hub id.")
+@click.option("--adapter", help="Folder or Hub id.")
+@click.option("--prompts", type=click.Path(exists=True), help="JSONL with `set` and `prompt`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSONL of the results.")
 @click.option("--widths", default="5", show_default=True, help="Masks of a draft.", callback=WIDTHS)
 @click.option(
@@ -76,24 +77,33 @@ def main(model, adapter, prompts, out, widths, ahead, confidences, dtypes, max_n
             decodings[f"verify, width {w}, confidence {c:g}"] = verify(draft_width=w, draft_confidence=c)
     for w in ahead or []:
         decodings[f"verify, width {w}, ahead"] = verify(draft_width=w, draft_ahead=True)
-    done = [json.loads(line) for line in out.read_text().splitlines()[1:]] if out.exists() else []
+    text = out.read_text() if out.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # without half a line of a run that was killed
+    header, *done = map(json.loads, whole.splitlines() or ["{}"])
     if not only_summary:
+        require(model and adapter and prompts, "Give --model, --adapter and --prompts.")
         networks = {}
         for dtype in dtypes.split(","):
             network, tokenizer = load(model, "cpu", dtype, adapter)
             networks[dtype] = prepack(network)
         records = list(cli.read_jsonl(prompts).values())
+        ways = {f"{dtype} {name}": (dtype, name) for dtype in networks for name in decodings}
+        same = not header or header.get("ways") == list(ways)
+        require(same, f"{out}: holds a run of other decoders or dtypes; take another --out.")
+        out.write_text(whole)
         with open(out, "a", buffering=1) as file:
-            if not done:
-                file.write(json.dumps(cli.environment("cpu")) + "\n")
-            for record in records[len(done) :]:
+            if not header:
+                file.write(json.dumps(cli.environment("cpu") | {"ways": list(ways)}) + "\n")
+            for dtype, name in ways.values():
+                answer(networks[dtype], [1] * 32, replace(decodings[name], max_new_tokens=8))
+            for number, record in [*enumerate(records)][len(done) :]:
                 prompt = tokenizer.chat([{"role": "user", "content": record["prompt"]}])
-                ways = {
-                    f"{dtype} {name}": answer(network, prompt, decoding)
-                    for dtype, network in networks.items()
-                    for name, decoding in decodings.items()
-                }
-                done.append({"set": record["set"], "id": record.get("id"), "ways": ways})
+                first, found = number % len(ways), {}
+                for way in [*ways][first:] + [*ways][:first]:
+                    dtype, name = ways[way]
+                    found[way] = answer(networks[dtype], prompt, decodings[name])
+                found = {way: found[way] for way in ways}
+                done.append({"set": record["set"], "id": record.get("id"), "ways": found})
                 file.write(json.dumps(done[-1]) + "\n")
     click.echo(summary(done))
 

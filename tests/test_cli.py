@@ -192,6 +192,11 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
     assert "--delay is nan" in mistake("hi", "--watch", "--delay", "nan")
     assert "system message already" in mistake("--input", tmp_path / "in.jsonl", "--system", "b")
     assert "not for messages" in mistake("--input", tmp_path / "in.jsonl", "--raw")
+    assert "Without --verify nothing is drafted, so leave --draft-width out" in mistake(
+        "hi", "--draft-width", "3"
+    )
+    assert "so leave --threshold out" in mistake("hi", "--verify", "--threshold", "0.5")
+    assert "so leave --accept out" in mistake("hi", "--verify", "--accept", "prefix")
 
 
 def test_a_closed_standard_output_is_one_sentence(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,22 +18,27 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import cli
+import fast
 import fastdllm
 import train
 import train as drafts
-from fast import prepack
+from fast import RecordedPasses, prepack
 from fastdllm import (
     Decoding,
     InputError,
     KVCache,
+    LowRank,
+    Qwen2,
     adapted_layers,
     adapter_tensors,
     add_adapter,
     base_digest,
     causal_attention,
+    generate,
     load,
     load_adapter,
     run_window,
+    save,
     save_adapter,
 )
 from train import Drafting, DraftTrainer, Known, draft, draft_loss, draft_targets, simulate
@@ -87,6 +94,22 @@ def test_known_tokens_never_meet_the_adapter(adapted, folders):
     assert not torch.allclose(got[:, 15:], expected[:, 15:])
 
 
+def test_with_an_adapter_ar_is_the_bases_and_costs_nothing_and_verify_is_ar(adapted, folders, monkeypatch):
+    rng = random.Random(0)
+    prompts = [[rng.randrange(280) for _ in range(rng.randrange(1, 30))] for _ in range(7)]
+    knobs = Decoding(block_size=1, max_new_tokens=20, stop_token_ids=(7,), batch_size=3)
+    plain = generate(load(folders["tied"], "cpu")[0], prompts, knobs)
+    for ahead in (False, True):
+        drafts = replace(knobs, block_size=None, verify=True, draft_width=4, draft_ahead=ahead)
+        verified = generate(adapted, prompts, drafts)
+        assert [r.tokens for r in verified] == [r.tokens for r in plain]
+        assert [r.finish_reason for r in verified] == [r.finish_reason for r in plain]
+        assert verified == generate(adapted, prompts, drafts, RecordedPasses(adapted, record=False))
+    monkeypatch.setattr(LowRank, "forward", None)  # a product of the adapter would fail
+    for one, other in zip(generate(adapted, prompts, knobs), plain):
+        assert one.tokens == other.tokens and one.passes == other.passes
+
+
 def test_a_saved_adapter_loads_as_it_was_under_pefts_names(adapted, folders, tmp_path):
     adapted.config = replace(adapted.config, draft_width=WIDTH)
     save_adapter(adapted, tmp_path, 8.0, "some/base", base_digest(adapted))
@@ -108,6 +131,10 @@ def test_an_adapter_gives_a_plain_base_its_mask(adapted, folders, tmp_path):
     model = load(folders["tied"], "cpu")[0]
     model.config = replace(model.config, mask_token_id=None)
     assert load_adapter(model, tmp_path).config.mask_token_id == 285
+    other = load(folders["tied"], "cpu")[0]
+    other.config = replace(other.config, mask_token_id=None, tokenizer_size=286)
+    with pytest.raises(InputError, match="its mask is id 285"):  # a token that texts have
+        load_adapter(other, tmp_path)
 
 
 def test_other_weights_are_a_warning(adapted, folders, tmp_path):
@@ -207,6 +234,8 @@ def test_targets_are_two_to_w_plus_one_behind_the_anchor_and_end_with_the_docume
     tokens = torch.arange(100, 110)
     got = draft_targets(tokens, torch.tensor([3, 6]), WIDTH)
     assert got.tolist() == [[105, 106, 107, 108], [108, 109, -1, -1]]
+    tokens[6] = -1  # a user's turn: nothing behind it answers this anchor
+    assert draft_targets(tokens, torch.tensor([3]), WIDTH).tolist() == [[105, -1, -1, -1]]
 
 
 def test_every_anchor_is_drawn_once_an_epoch_the_prompts_last_token_too():
@@ -242,6 +271,17 @@ def test_full_reach_has_the_gradient_of_the_number_of_kept_drafts(adapted):
     draft_loss(adapted, hidden, targets, everything, none, 0.5, 1.0)[0].backward()
     torch.testing.assert_close(hidden.grad, expected)
     assert 1 < kept < 5
+
+
+def test_a_draft_is_kept_where_decoding_keeps_it_whatever_is_sampled(adapted):
+    """Other tokens weigh more in the loss, since they stand for the rest, but win no guess by that."""
+    hidden = adapted.model.embed_tokens.weight[[3]].detach()[None, None] / 100  # all logits are near
+    [token] = adapted.logits(hidden).argmax(-1).flatten().tolist()
+    others = torch.tensor([n for n in range(20) if n != token])
+    loss, _, kept = draft_loss(
+        adapted, hidden, torch.tensor([[[token]]]), torch.tensor([token]), others, 1.0, 0
+    )
+    assert kept == 1
 
 
 def test_sampled_others_are_weighted_as_the_whole_rest(adapted):
@@ -314,6 +354,13 @@ def test_int8_products_give_nearly_the_same_gradient_and_exact_known_tokens(fold
     assert other_losses["draft_loss"] == pytest.approx(losses["draft_loss"], rel=0.02)
     assert torch.cosine_similarity(gradient, other, dim=0) > 0.97
     assert torch.equal(exact.known[2], rounded.known[2])
+
+
+def test_the_largest_number_of_a_bfloat16_row_keeps_its_sign_in_int8():
+    levels, scale = fast.to_levels(torch.tensor([[160.0, -160.0, 80.0]]).bfloat16())  # 160 / scale is 127.5
+    torch.testing.assert_close(
+        (levels * scale).float(), torch.tensor([[160.0, -160.0, 80.0]]), rtol=0.02, atol=0
+    )
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -403,6 +450,83 @@ def test_an_adapter_goes_on_from_where_it_was(tmp_path):
         first / "adapter_model.safetensors"
     ).read_bytes()
     assert json.loads((more / "adapter_config.json").read_text())["lora_alpha"] == 5
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, shipped):
+    """A plain Qwen2 folder, whose tokenizer has no mask token, and an adapter that was trained on it."""
+    folder, (model, tokenizer) = tmp_path_factory.mktemp("plain"), shipped
+    model = Qwen2(replace(model.config, block_size=1, mask_token_id=None, tokenizer_size=None)).eval()
+    model.load_state_dict(shipped[0].state_dict())
+    save(model, tokenizer, folder / "base")
+    whole = json.loads(tokenizer.files["tokenizer.json"])
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] != "|<MASK>|"]
+    (folder / "base" / "tokenizer.json").write_text(json.dumps(whole))
+    line = [*command(folder, model=folder / "base", out=folder / "adapter", steps=1), "--no-int8"]
+    assert CliRunner().invoke(train.main, line).exit_code == 0
+    return str(folder / "base"), str(folder / "adapter")
+
+
+def run(command, *arguments, **more):
+    result = CliRunner().invoke(cli.cli, [command, "--device", "cpu", *arguments], **more)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_every_command_takes_an_adapter_over_a_plain_base(plain, tmp_path):
+    base, adapter = plain
+    over, question = ["--model", base, "--adapter", adapter], "Mia has 12 apples. How many?"
+    short = ["--max-new-tokens", "12"]
+    asked = ["generate", "--json", *short, question]
+    found, ar = (json.loads(run(*asked, *more).stdout) for more in ([*over, "--verify"], ["--model", base]))
+    assert found["text"] == ar["text"] and "draft" in found["passes"]
+    run("generate", *over, "--verify", *short, "--trace", str(tmp_path / "page.html"), question)
+    assert "refused" in (tmp_path / "page.html").read_text()
+    answers = [
+        json.loads(run("eval", *over, *more, *short, "--count", "2", "--json").stdout)
+        for more in (["--verify"], [])
+    ]
+    assert answers[0]["accuracy"] == answers[1]["accuracy"]
+    rows = json.loads(run("sweep", *over, *short, "--count", "2", "--json").stdout)["rows"]
+    assert [row["verify"] for row in rows] == [False, True]
+    run(
+        "bench",
+        *over,
+        "--decoders",
+        "ar,verify",
+        "--prompts",
+        "1",
+        "--batch-sizes",
+        "1",
+        "--new-tokens",
+        "4",
+        "--rounds",
+        "1",
+    )
+    talk = f"{question}\nAnd now?\n/exit\n"
+    verified, plain_talk = (
+        run("chat", *more, *short, input=talk).stdout for more in ([*over, "--verify"], ["--model", base])
+    )
+    assert verified == plain_talk
+
+
+def test_an_adapter_without_verify_says_what_it_is_worth(plain):
+    base, adapter = plain
+    over = ["--model", base, "--adapter", adapter, "--max-new-tokens", "3", "hi"]
+    assert "without --verify it changes nothing" in run("generate", *over).stderr
+    assert "quality is not guaranteed" in run("generate", *over, "--block-size", "8").stderr
+    assert "Note" not in run("generate", *over, "--verify").stderr
+
+
+def test_other_weights_are_one_note(plain, tmp_path):
+    base, adapter = plain
+    shutil.copytree(adapter, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    config |= {"base_digest": "of something else"}
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
+    over = ["--model", base, "--adapter", str(tmp_path / "other"), "--verify", "--max-new-tokens", "3", "hi"]
+    [note] = [line for line in run("generate", *over).stderr.splitlines() if "trained on other" in line]
+    assert note.startswith("Note: ") and "The text stays" in note
 
 
 def test_two_processes_train_like_one(tmp_path):
