@@ -597,7 +597,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(trainer
 
 
 def test_held_out_data_is_looked_at_and_checkpoints_are_few(trainer, tmp_path):
-    trainer(steps=4, save_every=1, eval_every=2, keep=2).run(tmp_path)
+    trainer(steps=4, save_every=1, eval_every=2, eval_rows=16, keep=2).run(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [step for step, record in enumerate(records, 1) if "heldout_diffusion_accuracy" in record] == [
@@ -653,6 +653,7 @@ def command(tmp_path, objective, **options):
             "data": tmp_path / "data.jsonl",
             "seq-len": 64,
             "warmup": 4,
+            "compute": "float32",
         },
         **{"steps": 6, "batch-size": 4, "lr": 1e-3, "save-every": 1, "threads": 1, "device": "cpu"},
     } | options
