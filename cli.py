@@ -273,15 +273,20 @@ def own_device(device: str) -> str:
     return pick_device(device)
 
 
+def say(note: str) -> None:
+    """Print a note once, from the first process."""
+    if RANK == 0:
+        click.echo(f"Note: {note}", err=True)
+
+
 def open_model(
     model: str, adapter: str | None, device: str, dtype: str, packed: bool, record: bool = False
 ) -> tuple[Qwen2, Tokenizer | None, RecordedPasses | None]:
     """Model, tokenizer, and on CUDA recorded passes, for decoding on this process's device."""
     with warnings.catch_warnings(record=True) as found:
         network, tokenizer = load(model, own_device(device), dtype, adapter)
-    if RANK == 0:  # the first process says it
-        for warning in found:
-            click.echo(f"Note: {warning.message}", err=True)
+    for warning in found:
+        say(str(warning.message))
     recorded = None
     if network.weight.is_cuda:
         avoid_cudnn_attention()
@@ -413,8 +418,8 @@ def note_of_options(model: Qwen2, decoding: Decoding) -> None:
     elif size not in (1, trained):
         paper = "paper, 1.5B, GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2"
         note = f"the checkpoint was trained with block size {trained}; another one costs accuracy ({paper})"
-    if note and RANK == 0:  # the first process says it
-        click.echo(f"Note: {note}.", err=True)
+    if note:
+        say(f"{note}.")
 
 
 # --- generate ---

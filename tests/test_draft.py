@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -481,7 +482,7 @@ def test_every_command_takes_an_adapter_over_a_plain_base(plain, tmp_path):
     found, ar = (json.loads(run(*asked, *more).stdout) for more in ([*over, "--verify"], ["--model", base]))
     assert found["text"] == ar["text"] and "draft" in found["passes"]
     run("generate", *over, "--verify", *short, "--trace", str(tmp_path / "page.html"), question)
-    assert "refused" in (tmp_path / "page.html").read_text()
+    assert re.search(r'"refused": ?\[\{', (tmp_path / "page.html").read_text())  # in its data
     answers = [
         json.loads(run("eval", *over, *more, *short, "--count", "2", "--json").stdout)
         for more in (["--verify"], [])
