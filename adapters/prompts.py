@@ -1,4 +1,4 @@
-"""Prompts for a draft adapter's training data: maths questions, programming tasks, and functions to complete.
+"""Prompts for a draft adapter's training data: maths questions, programming tasks, functions, and user turns.
 
     python adapters/prompts.py --maths gsm8k_train.jsonl.gz --tasks mbpp_train.jsonl > prompts.jsonl
 
@@ -6,6 +6,14 @@ prints one JSON object with `prompt` per line, in a fixed random order, so that 
 sample of the whole. Functions to complete are signatures and docstrings of Python's standard library and
 numpy: they ask as HumanEval does, without its problems. The model's own answers to the prompts are what an
 adapter learns from.
+
+User turns are written by the model itself, from a few first words:
+
+    python adapters/prompts.py --openings > openings.jsonl
+    python cli.py generate --model FOLDER --raw --block-size 1 --temperature 1 --top-p 0.95 --seed 1 \
+        --max-new-tokens 80 --batch-size 40 --input openings.jsonl --output turns-1.jsonl
+
+Other seeds give other turns. `--turns turns-1.jsonl` adds them to the prompts.
 """
 
 import gzip
@@ -26,6 +34,53 @@ import click
 TASK = "Please provide a self-contained Python script that solves the following problem in a markdown code "
 TASK += "block:"
 
+USER = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+USER += "<|im_start|>user\n"
+
+# first words of user turns: code, then prose, then maths
+OPENINGS = """
+Write a Python function that
+Write a function which
+Implement
+Can you write a class that
+Write a script that
+How can I
+Fix this code:
+What does this code do?
+Write unit tests for
+Refactor this function:
+Write a SQL query that
+Write a JavaScript function that
+Why do I get this error?
+Write a program that
+Using pandas,
+In Python, how do I
+Explain
+What is the difference between
+Write a short story about
+Write an email to
+Summarize the following text:
+Tell me about
+Who was
+Give me some advice on
+List five
+What are the advantages of
+Describe how
+Translate this into French:
+Why is
+Write a paragraph about
+How does
+Suggest
+A shop sells
+If a train
+Calculate
+Solve the equation
+Maria has
+Find the probability that
+How many
+A farmer
+""".strip().splitlines()
+
 
 def read_jsonl(path: Path) -> Iterator[dict]:
     """Records of a JSONL file, which may be compressed by gzip."""
@@ -42,6 +97,12 @@ def maths(path: Path) -> list[str]:
 def tasks(path: Path) -> list[str]:
     """MBPP's tasks, with one test that shows the function's name."""
     return [f'{TASK}\n```\n"""\n{r["text"]}\n{r["test_list"][0]}\n"""\n```\n' for r in read_jsonl(path)]
+
+
+def turns(path: Path) -> list[str]:
+    """User turns of `generate --input openings.jsonl`, without those that were cut off."""
+    records = [record for record in read_jsonl(path) if record["finish_reason"] == "stop"]
+    return [record["prompt"].removeprefix(USER) + record["text"] for record in records]
 
 
 def functions() -> list[str]:
@@ -109,18 +170,39 @@ def signature_and_docstring(name: str, function) -> str | None:
     "--tasks", "tasks_file", type=click.Path(exists=True, path_type=Path), help="MBPP's training tasks."
 )
 @click.option(
+    "--turns",
+    "turns_files",
+    type=click.Path(exists=True, path_type=Path),
+    multiple=True,
+    help="User turns; may be repeated.",
+)
+@click.option(
+    "--without",
+    type=click.Path(exists=True, path_type=Path),
+    help="Prompts that were used already, as printed by this program.",
+)
+@click.option("--openings", is_flag=True, help="Print first words of user turns, and nothing else.")
+@click.option(
     "--most", type=click.IntRange(1), default=700, show_default=True, help="Prompts of each of the kinds."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the choice and the order.")
-def main(maths_file, tasks_file, most, seed):
+def main(maths_file, tasks_file, turns_files, without, openings, most, seed):
+    if openings:
+        for words in OPENINGS:
+            click.echo(json.dumps({"prompt": USER + words}))
+        return
     kinds = {"function": functions()}
     if maths_file:
         kinds["maths"] = maths(maths_file)
     if tasks_file:
         kinds["task"] = tasks(tasks_file)
+    if turns_files:
+        kinds["turn"] = sorted({turn for path in turns_files for turn in turns(path)})
+    used = {record["prompt"] for record in read_jsonl(without)} if without else set()
     rng = random.Random(seed)
     records = []
     for kind, prompts in sorted(kinds.items()):
+        prompts = [prompt for prompt in prompts if prompt not in used]
         records += [
             {"kind": kind, "prompt": prompt} for prompt in rng.sample(prompts, min(most, len(prompts)))
         ]
