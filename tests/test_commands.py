@@ -327,6 +327,19 @@ def test_watch_ends_with_the_answer_on_the_screen(shipped, monkeypatch, width, c
     assert [token for step in steps for token in step.final] == result.tokens
 
 
+def test_watch_crosses_refused_drafts_out_until_the_next_pass(shipped, monkeypatch):
+    model, tokenizer = shipped
+    monkeypatch.setenv("COLUMNS", "80")
+    prompt, shown = tokenizer.chat([{"role": "user", "content": "3+4"}]), []
+    steps = decode(model, [prompt], Decoding(verify=True, draft_width=16))
+    steps = list(terminal.watch(tokenizer, steps, len(prompt), model.config.mask_token_id, shown.append))
+    crossed = ["".join(re.findall(r"\x1b\[9[\d;]*m(.*?)\x1b", text)) for text in shown]
+    refused = [tokenizer.decode([draft.token for draft in step.refused]) for step in steps[:-1]]
+    assert crossed == [*(text.replace("\n", "") for text in refused), ""] and any(crossed)
+    [result] = generate(model, [prompt], Decoding(block_size=1))
+    assert screen("".join(shown), 80) == tokenizer.decode(result.tokens)
+
+
 def test_wide_characters_wrap_and_control_characters_do_not_steer_the_terminal():
     lines = terminal.wrapped([("世界世界", 1), ("a\x1b[2Jb\u0301", 2)], 5)
     assert ["".join(c for c, _ in line) for line in lines] == ["世界", "世界a", "\ufffd[2Jb\u0301"]

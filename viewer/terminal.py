@@ -13,6 +13,7 @@ from fastdllm import Pass, Tokenizer
 
 RAMP = (33, 39, 44, 43, 42, 41, 77, 113, 149, 185, 221, 215, 209, 203, 204, 205, 206, 170, 134, 98)  # colours
 BLANK = "\u2591\u2591"  # a mask, as wide as a short word
+GREY, REFUSED = 240, -1
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None], special: bool = True) -> list[str | None]:
@@ -63,8 +64,9 @@ def watch(
 ) -> Iterator[Pass]:
     """After each pass draw what is known, masks as blanks; hand the pass on; then wait `delay` seconds.
 
-    begin: the prompt's length. Lines that cannot change any more stay as they are, so that an answer may be
-    longer than the window is high.
+    Drafts that a pass refused stand behind the known text, crossed out, until the next pass. begin: the
+    prompt's length. Lines that cannot change any more stay as they are, so that an answer may be longer than
+    the window is high.
     """
     plain = "NO_COLOR" in os.environ
     tokens, revealed_by, final, printed, height = [], {}, 0, 0, 0
@@ -76,23 +78,28 @@ def watch(
             tokens[kept.position - begin] = kept.token
             revealed_by[kept.position - begin] = number
         final += len(pass_.final)
+        refused = [draft.token for draft in pass_.refused]
         if pass_.finish_reason:
-            tokens = tokens[:final]  # what was guessed behind the end goes again
-        texts = token_texts(tokenizer, [None if t == mask else t for t in tokens], special=False)
-        cells = [(BLANK if text is None else text, revealed_by.get(i)) for i, text in enumerate(texts)]
+            tokens, refused = tokens[:final], []  # what was guessed behind the end goes again
+        marks = [*map(revealed_by.get, range(len(tokens))), *[REFUSED] * len(refused)]
+        ids = [None if token == mask else token for token in tokens + refused]
+        texts = token_texts(tokenizer, ids, special=False)
+        cells = [(BLANK if text is None else text, mark) for text, mark in zip(texts, marks)]
         lines = wrapped(cells, shutil.get_terminal_size().columns - 1)
         drawn = []
         for line in lines[printed:]:
             styled = ""
             for mark, run in itertools.groupby(line, key=lambda cell: cell[1]):
                 text = "".join(character for character, _ in run)
-                colour = 240 if mark is None else RAMP[mark % len(RAMP)]
-                styled += text if plain else f"\x1b[38;5;{colour}m{text}\x1b[0m"
+                colour = GREY if mark in (None, REFUSED) else RAMP[mark % len(RAMP)]
+                crossed = "9" if mark == REFUSED else ""
+                style = ";".join(filter(None, (crossed, "" if plain else f"38;5;{colour}")))
+                styled += f"\x1b[{style}m{text}\x1b[0m" if style else text
             drawn.append(styled)
         up = f"\x1b[{height - 1}A" if height > 1 else ""
         show(f"{up}\r\x1b[J" * (height > 0) + "\n".join(drawn))
-        masked = (n for n, line in enumerate(lines) if any(mark is None for _, mark in line))
-        settled = next(masked, len(lines) - 1) - 1  # a word of the line before may still grow and move down
+        passing = (n for n, line in enumerate(lines) if any(mark in (None, REFUSED) for _, mark in line))
+        settled = next(passing, len(lines) - 1) - 1  # a word of the line before may still grow and move down
         printed = max(printed, settled)
         height = len(lines) - printed
         yield pass_
