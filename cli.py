@@ -456,8 +456,9 @@ def cli(context):
 def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, delay, trace, **given):
     """Answer PROMPT, or what is piped in, or a sample problem.
 
-    `torchrun --nproc-per-node N cli.py generate --input FILE --output FILE` shares the prompts out among N
-    devices. With --block-size 1 the output file serves as --data of `train.py draft`.
+    With --input and --output, a run that was broken off goes on where it stopped, and `torchrun
+    --nproc-per-node N cli.py generate ...` shares the prompts out among N devices. With --block-size 1 the
+    output file serves as --data of `train.py draft`.
     """
     asked = sum(value is not None for value in (prompt, prompt_ids, source))
     require(asked < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
@@ -469,6 +470,7 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, del
     require(one or not shown, "--json, --watch and --trace show one answer; leave them out with --input.")
     require(PROCESSES == 1 or source not in (None, "-"), "Several processes need --input FILE to share out.")
     require(not (as_json and live), "--watch draws the answer and --json prints an object; give one of them.")
+    require(target == "-" or not Path(target).is_dir(), f"--output {target}: is a folder; name a file.")
     if "-" not in (source, target) and Path(target).exists() and Path(source).exists():
         same = os.path.samefile(source, target)
         require(not same, f"--output {target} is the file of --input; name another one.")
@@ -501,7 +503,7 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, del
         delay = delay if live else None
         answer_one(network, tokenizer, prompts[0], decoding, recorded, as_json, delay, trace)
         return
-    header = header_of(chosen, network, decoding) if PROCESSES > 1 else {}
+    header = header_of(chosen, network, decoding)
     requests = list(requests.values())
     if raw or system is not None:  # so that a line says all of what was asked
         requests = [request | {"prompt_ids": ids} for request, ids in zip(requests, prompts)]
@@ -576,7 +578,8 @@ def stream_answer(
 # `torchrun --nproc-per-node 8 cli.py eval --output FILE` starts this program eight times, each on a device of
 # its own. Each process answers its share of the prompts and appends to a part file of its own; the first one
 # then puts the answers in order. They exchange nothing else. So an answer that was written is never lost, and
-# the same command goes on after a kill, also with another number of processes.
+# the same command goes on after a kill, also with another number of processes. `generate --output FILE` does
+# so with one process too; `eval`, whose file says which run it is of, then goes on from that file itself.
 
 
 def finished(
@@ -610,18 +613,22 @@ def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
 def answer_all(
     model, prompts: list[list[int]], decoding: Decoding, recorded, target: Path | None, header: dict, start=0
 ) -> Iterator[Result]:
-    """Results of `prompts[start:]`, in order. Of several processes only the first one yields them."""
-    if PROCESSES == 1:
+    """Results of `prompts[start:]`, in order. Of several processes only the first one yields them.
+
+    target: the file beside which each process writes its part; None: without parts, each result at once.
+    """
+    if target is None:
+        require(PROCESSES == 1, "Several processes need --output FILE, beside which each writes its part.")
         yield from in_order(finished(model, prompts[start:], decoding, recorded, start))
         return
-    require(target, "Several processes need --output FILE, beside which each writes its part.")
     go_on = f"what is answered is in {target}.rank-*, and the same command goes on."
 
     def ended_by_torchrun(*_) -> None:
         click.echo(f"Error: torchrun ends process {RANK}, since another one has failed; {go_on}", err=True)
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, ended_by_torchrun)
+    if PROCESSES > 1:
+        signal.signal(signal.SIGTERM, ended_by_torchrun)
     header = header | {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
     path = part_of(target)
     with locked(path, f"{path}: another run is writing it; wait for it, or name another --output.") as file:
@@ -632,7 +639,7 @@ def answer_all(
         # longest first, so that the processes end at about the same time
         order = sorted(range(start, len(prompts)), key=lambda i: -len(prompts[i]))[RANK::PROCESSES]
         left, count = [i for i in order if i not in there], 0
-        answers = finished(model, [prompts[i] for i in left], decoding, recorded)
+        answers = finished(model, [prompts[i] for i in left], decoding, recorded, len(order) - len(left))
         for index, result in answers:
             write_line(file, {"index": left[index]} | asdict(result))
             count += 1
@@ -641,22 +648,22 @@ def answer_all(
         sys.exit(INTERRUPTED)
     if RANK > 0:
         return
-    while not there.keys() >= set(range(start, len(prompts))):  # if a process dies, torchrun ends this one
+    wanted = set(range(start, len(prompts)))
+    while not wanted <= (there := read_parts(target, header)).keys():  # a process that dies ends this one
         time.sleep(0.5)
-        there = read_parts(target, header)
     yield from (there[i] for i in range(start, len(prompts)))
     for part in parts_of(target):  # the caller has written everything by now
         part.unlink()
 
 
-def part_of(target: Path | str) -> Path:
+def part_of(target: Path) -> Path:
     """This process's part file."""
     return Path(f"{target}.rank-{RANK}")
 
 
-def answered_before(target: Path | str | None) -> bool:
+def answered_before(target: Path | None) -> bool:
     """Whether an earlier try has left a part file: then nobody knows how long the answers took."""
-    return PROCESSES > 1 and part_of(target).exists()
+    return target is not None and part_of(target).exists()
 
 
 def write_line(file, record: dict) -> None:
@@ -740,10 +747,15 @@ def answer_file(
 ) -> None:
     """Decode many prompts; each answer is written with its request's fields."""
     results, began = [], time.perf_counter()
-    place = None if target == "-" else Path(target)
-    resumed = answered_before(target)
+    place = Path(target)
+    place = (
+        place if target != "-" and (place.is_file() or not place.exists()) else None
+    )  # a pipe has no parts
+    resumed = answered_before(place)
     answers = answer_all(model, prompts, decoding, recorded, place, header)
-    opened = click.open_file(target, "w", encoding="utf-8") if RANK == 0 else nullcontext()
+    # lazy: an earlier file stays until there are answers to replace it
+    lazy = place is not None
+    opened = click.open_file(target, "w", encoding="utf-8", lazy=lazy) if RANK == 0 else nullcontext()
     with closing(answers), opened as file:
         for result, request, prompt in zip(answers, requests, prompts):
             results.append(result)
@@ -805,8 +817,9 @@ def evaluate(problems, count, instruction, paper_prompt, target, as_json, **give
             cut_half_a_line(target)
             if not lines:
                 write_line(file, header)
-        start, resumed = len(verdicts), answered_before(target)
-        with closing(answer_all(network, prompts, decoding, recorded, target, header, start)) as answers:
+        start, shared = len(verdicts), target if PROCESSES > 1 else None
+        resumed = answered_before(shared)
+        with closing(answer_all(network, prompts, decoding, recorded, shared, header, start)) as answers:
             for result, problem in zip(answers, problems[start:]):
                 verdicts.append(verdict(problem, result, tokenizer))
                 if file:

@@ -554,6 +554,8 @@ class Decoding:
             block = f"verify reads what it has cached, so cache must be block, not {self.cache}."
             require(self.cache == "block", block)
             require(not self.fuse_commit, "verify has no commit passes, so leave fuse_commit out.")
+        fixed = "tokens_per_pass keeps the most confident guesses, so leave accept prefix out."
+        require(self.tokens_per_pass is None or self.accept == "threshold", fixed)
 
     def resolve(self, config: Config) -> "Decoding":
         """With the checkpoint's values for None. Raises InputError where checkpoint and options clash."""
@@ -605,7 +607,7 @@ class Pass:
     committed: int  # once it ran, earlier positions have their final keys and values in the cache
     row: int = 0  # the prompt's index
     revealed: list[Revealed] = field(default_factory=list)  # guesses that were kept
-    refused: list[Revealed] = field(default_factory=list)  # drafts that verification did not confirm
+    refused: list[Revealed] = field(default_factory=list)  # drafts that AR's prediction cuts off
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
     finish_reason: str | None = None  # in a row's last pass: "stop" or "length"
 
@@ -767,12 +769,14 @@ class VerifiedRow(Row):
         found = [Revealed(position, *guess) for position, guess in zip(pass_.guessed, guesses)]
         agree = [draft.token == guess.token for draft, guess in zip(self.drafts, found)]
         kept = [*agree, False].index(False)  # a draft pass has none to compare
-        pass_.revealed, pass_.refused = found[: kept + 1], self.drafts[kept:]
+        pass_.revealed, refused = found[: kept + 1], self.drafts[kept:]
         self.committed = pass_.committed = pass_.committed + kept
         groups = len(agree) + 1  # group k drafts what follows if k drafts are kept
         masks = len(found) // groups - 1  # of a group
         self.drafts = self.promising(found[groups + masks * kept :][:masks])
         self.finish(pass_)
+        # AR never comes to drafts behind the answer's end
+        pass_.refused = [draft for draft in refused if draft.position < self.final or not self.finish_reason]
 
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
         """The first drafts, as long as the product of their confidences is above `draft_confidence`."""

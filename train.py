@@ -55,6 +55,7 @@ from fastdllm import (
     CLEAN,
     DTYPES,
     MASK_ROW,
+    PIECE,
     InputError,
     Qwen2,
     Tokenizer,
@@ -462,8 +463,11 @@ class Corpus:
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's content."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def file_status(path: Path) -> list[int]:
@@ -1189,7 +1193,7 @@ class Drafting(Settings):
     steps: int = setting(1500, "Steps of the optimiser.", 1)
     batch_size: int = setting(16, "Rows per step, of all devices; a row has --anchors groups.", 1)
     anchors: int = setting(5, "Groups of masks in a row, all in one document.", 1)
-    width: int = setting(8, "Masks of a group: how far a draft goes.", 1)
+    width: int = setting(8, "Masks of a group: how far a draft goes.", 1, PIECE - 1)
     rank: int = setting(14, "Rank of the adapter.", 1)
     alpha: float = setting(28.0, "The adapter's products are multiplied by alpha / rank.")
     near: float = setting(0.9, "Weight of a draft's loss, relative to the draft before it.")
@@ -1556,7 +1560,7 @@ def open_data(out: Path, run: dict, data: Path, heldout: Path | None, tokenizer:
 
 def lasting(how) -> dict:
     """Settings that may not change when a run is resumed."""
-    free = "micro_batch parallel recompute reshard save_every keep eval_every eval_rows cache_gb".split()
+    free = "micro_batch parallel recompute reshard save_every keep eval_every eval_rows cache_gb int8".split()
     free += ["steps"] if getattr(how, "schedule", None) == "constant" else []
     return {name: value for name, value in asdict(how).items() if name not in free}
 
@@ -1660,10 +1664,14 @@ def draft_command(folder, data, heldout, out, broken, adapter, base, dtype, devi
         digest = base_digest(model)
         run = {"objective": "draft", "base_digest": digest, "dtype": str(model.weight.dtype)}
         run |= {"adapter": adapter} | lasting(how)
-        corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
-        longest, room = int(corpus.lengths.max()), model.config.max_position_embeddings
-        require(longest <= room, f"{data}: a document has {longest} tokens, the model {room} positions.")
-        trainer = DraftTrainer(model, corpus, heldout, how)
+        corpus, unseen = open_data(out, run, data, heldout, tokenizer, broken)
+        room = model.config.max_position_embeddings
+        for source, there in ((data, corpus), (heldout, unseen)):
+            longest = int(there.lengths.max()) if there else 0
+            require(
+                longest <= room, f"{source}: a document has {longest} tokens, the model {room} positions."
+            )
+        trainer = DraftTrainer(model, corpus, unseen, how)
         trainer.run(out)
         if rank() == 0:
             trainer.objective.lend(model)

@@ -30,6 +30,13 @@ from pathlib import Path
 
 import click
 
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+import cli  # noqa: E402
+from fastdllm import require  # noqa: E402
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 # EvalPlus's wording for chat models
 TASK = "Please provide a self-contained Python script that solves the following problem in a markdown code "
 TASK += "block:"
@@ -82,27 +89,37 @@ A farmer
 """.strip().splitlines()
 
 
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """Records of a JSONL file, which may be compressed by gzip."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def read_jsonl(path: Path, *needed: str) -> list[dict]:
+    """Records of a JSONL file, which may be compressed by gzip.
+
+    Raises InputError for a broken line and for a record without a key that is needed.
+    """
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        records = cli.parse_jsonl(file.read(), path)
+    for place, record in records.items():
+        missing = [f"`{key}`" for key in needed if key not in record]
+        require(not missing, f"{place}: needs {' and '.join(missing)}.")
+    return list(records.values())
 
 
 def maths(path: Path) -> list[str]:
     """GSM8K's questions as they are."""
-    return [record["question"] for record in read_jsonl(path)]
+    return [record["question"] for record in read_jsonl(path, "question")]
 
 
 def tasks(path: Path) -> list[str]:
     """MBPP's tasks, with one test that shows the function's name."""
-    return [f'{TASK}\n```\n"""\n{r["text"]}\n{r["test_list"][0]}\n"""\n```\n' for r in read_jsonl(path)]
+    return [
+        f'{TASK}\n```\n"""\n{r["text"]}\n{r["test_list"][0]}\n"""\n```\n'
+        for r in read_jsonl(path, "text", "test_list")
+    ]
 
 
 def turns(path: Path) -> list[str]:
     """User turns of `generate --input openings.jsonl`, without those that were cut off."""
-    records = [record for record in read_jsonl(path) if record["finish_reason"] == "stop"]
-    return [record["prompt"].removeprefix(USER) + record["text"] for record in records]
+    records = read_jsonl(path, "prompt", "text", "finish_reason")
+    whole = [record for record in records if record["finish_reason"] == "stop"]
+    return [record["prompt"].removeprefix(USER) + record["text"] for record in whole]
 
 
 def functions() -> list[str]:
@@ -163,22 +180,18 @@ def signature_and_docstring(name: str, function) -> str | None:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--maths", "maths_file", type=click.Path(exists=True, path_type=Path), help="GSM8K's training questions."
-)
-@click.option(
-    "--tasks", "tasks_file", type=click.Path(exists=True, path_type=Path), help="MBPP's training tasks."
-)
+@click.option("--maths", "maths_file", type=FILE, help="GSM8K's training questions.")
+@click.option("--tasks", "tasks_file", type=FILE, help="MBPP's training tasks.")
 @click.option(
     "--turns",
     "turns_files",
-    type=click.Path(exists=True, path_type=Path),
+    type=FILE,
     multiple=True,
     help="User turns; may be repeated.",
 )
 @click.option(
     "--without",
-    type=click.Path(exists=True, path_type=Path),
+    type=FILE,
     help="Prompts that were used already, as printed by this program.",
 )
 @click.option("--openings", is_flag=True, help="Print first words of user turns, and nothing else.")
@@ -186,7 +199,10 @@ def signature_and_docstring(name: str, function) -> str | None:
     "--most", type=click.IntRange(1), default=700, show_default=True, help="Prompts of each of the kinds."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the choice and the order.")
+@cli.reports_mistakes
 def main(maths_file, tasks_file, turns_files, without, openings, most, seed):
+    others = maths_file or tasks_file or turns_files or without
+    require(not (openings and others), "--openings prints first words alone; leave the files out.")
     if openings:
         for words in OPENINGS:
             click.echo(json.dumps({"prompt": USER + words}))
@@ -198,7 +214,7 @@ def main(maths_file, tasks_file, turns_files, without, openings, most, seed):
         kinds["task"] = tasks(tasks_file)
     if turns_files:
         kinds["turn"] = sorted({turn for path in turns_files for turn in turns(path)})
-    used = {record["prompt"] for record in read_jsonl(without)} if without else set()
+    used = {record["prompt"] for record in read_jsonl(without, "prompt")} if without else set()
     rng = random.Random(seed)
     records = []
     for kind, prompts in sorted(kinds.items()):

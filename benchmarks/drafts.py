@@ -9,6 +9,7 @@ AR's in the same dtype, to the last token. A run that was stopped goes on. `--su
 table of what is there.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -77,23 +78,26 @@ def main(model, adapter, prompts, out, widths, ahead, confidences, dtypes, max_n
             decodings[f"verify, width {w}, confidence {c:g}"] = verify(draft_width=w, draft_confidence=c)
     for w in ahead or []:
         decodings[f"verify, width {w}, ahead"] = verify(draft_width=w, draft_ahead=True)
-    text = out.read_text() if out.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # without half a line of a run that was killed
-    header, *done = map(json.loads, whole.splitlines() or ["{}"])
+    if out.exists():
+        cli.cut_half_a_line(out)
+    header, *done = map(json.loads, (out.read_text() if out.exists() else "").splitlines() or ["{}"])
     if not only_summary:
         require(model and adapter and prompts, "Give --model, --adapter and --prompts.")
+        records = list(cli.read_jsonl(prompts).values())
+        good = all(isinstance(record.get(key), str) for record in records for key in ("set", "prompt"))
+        require(good, f"{prompts}: each record needs `set` and `prompt`.")
         networks = {}
         for dtype in dtypes.split(","):
             network, tokenizer = load(model, "cpu", dtype, adapter)
             networks[dtype] = prepack(network)
-        records = list(cli.read_jsonl(prompts).values())
         ways = {f"{dtype} {name}": (dtype, name) for dtype in networks for name in decodings}
-        same = not header or header.get("ways") == list(ways)
-        require(same, f"{out}: holds a run of other decoders or dtypes; take another --out.")
-        out.write_text(whole)
+        used = cli.header_of({"model": model, "adapter": adapter}, network, decodings["AR"])
+        run = hashlib.sha256(json.dumps([used, list(ways), records]).encode()).hexdigest()
+        same = not header or header.get("run") == run
+        require(same, f"{out}: holds a run of other weights, prompts or decoders; take another --out.")
         with open(out, "a", buffering=1) as file:
             if not header:
-                file.write(json.dumps(cli.environment("cpu") | {"ways": list(ways)}) + "\n")
+                file.write(json.dumps(cli.environment("cpu") | {"ways": list(ways), "run": run}) + "\n")
             for dtype, name in ways.values():
                 answer(networks[dtype], [1] * 32, replace(decodings[name], max_new_tokens=8))
             for number, record in [*enumerate(records)][len(done) :]:

@@ -147,6 +147,8 @@ def test_mistakes_get_one_sentence(tmp_path, folders):
     assert "No such file" in mistake("--input", tmp_path / "missing.jsonl")
     assert "temperature" in mistake("hi", "--temperature", -1)
     assert "leave --fuse-commit out" in mistake("hi", "--verify", "--fuse-commit")
+    assert "leave accept prefix out" in mistake("hi", "--accept", "prefix", "--tokens-per-pass", 2)
+    assert "is a folder" in mistake("--input", "-", "--output", tmp_path)
 
 
 @pytest.mark.parametrize("line, message", [

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import cli
 from benchmarks import judging
-from fastdllm import Decoding, InputError, Result, decode, generate, load, save
+from fastdllm import Decoding, InputError, Pass, Result, Revealed, decode, generate, load, save
 from viewer import terminal, trace
 
 QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
@@ -338,6 +338,19 @@ def test_watch_crosses_refused_drafts_out_until_the_next_pass(shipped, monkeypat
     assert crossed == [*(text.replace("\n", "") for text in refused), ""] and any(crossed)
     [result] = generate(model, [prompt], Decoding(block_size=1))
     assert screen("".join(shown), 80) == tokenizer.decode(result.tokens)
+
+
+@pytest.mark.parametrize("draft", ["\n\n", "\n\nZoe", "\nZoe", " Zoe"])
+def test_refused_drafts_do_not_take_known_text_with_them(monkeypatch, draft):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts, shown = ["five cards", " in", draft], []
+    monkeypatch.setattr(terminal, "token_texts", lambda _, ids, special: [texts[i] for i in ids])
+    verify = lambda token, **more: Pass(
+        "verify", token, [], [], [], None, 0, revealed=[Revealed(token, token, 1.0)], final=[token], **more
+    )
+    passes = [verify(0, refused=[Revealed(1, 2, 0.5)]), verify(1, finish_reason="length")]
+    list(terminal.watch(None, passes, 0, None, shown.append))
+    assert draft.strip("\n") in shown[0] and screen("".join(shown), 80) == "five cards in"
 
 
 def test_wide_characters_wrap_and_control_characters_do_not_steer_the_terminal():

@@ -444,9 +444,9 @@ def test_an_adapter_goes_on_from_where_it_was(tmp_path):
     run = lambda *options: CliRunner().invoke(train.main, [*command(tmp_path, rank=3), *options])
     assert run("--out", str(first), "--no-int8", "--alpha", "5").exit_code == 0
     again = ["--adapter", str(first), "--steps", "1", "--lr", "1e-9", "--out", str(more)]
-    for options in ([], ["--no-int8"]):
-        result = run(*again, *options)
-        assert result.exit_code == (2 if options else 0), result.output  # another run is in the folder
+    for options, code in ([], 0), (["--int8"], 0), (["--no-int8"], 0), (["--seed", "1"], 2):
+        result = run(*again, *options)  # only the last one is another run
+        assert result.exit_code == code, result.output
     assert (more / "adapter_model.safetensors").read_bytes() == (
         first / "adapter_model.safetensors"
     ).read_bytes()

@@ -1,5 +1,6 @@
 """Several processes share the prompts out, and write one file as one process does."""
 
+import itertools
 import json
 import os
 import signal
@@ -55,6 +56,25 @@ def test_two_processes_write_what_one_writes(tmp_path, prompts, as_process, comm
     assert first.exit_code == 0 and first.output
     assert two.read_bytes() == one.read_bytes()
     assert not list(tmp_path.glob("*.rank-*"))
+
+
+def test_one_process_goes_on_and_an_earlier_file_stays_until_it_is_done(tmp_path, prompts, monkeypatch):
+    out, whole = tmp_path / "out.jsonl", run("generate", "--input", prompts).stdout
+    out.write_text("from before")
+    line, finished = ["generate", "--input", prompts, "--output", out, "--batch-size", 2], cli.finished
+
+    def fails_after_three(*given):
+        yield from itertools.islice(finished(*given), 3)
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "finished", fails_after_three)
+    assert run(*line).exit_code == 2 and out.read_text() == "from before"
+    other = run(*line, "--threshold", 0.5)
+    assert other.exit_code == 2 and "threshold 0.9, not 0.5" in other.output
+    left = []
+    monkeypatch.setattr(cli, "finished", lambda *given: left.append(len(given[1])) or finished(*given))
+    assert run(*line).exit_code == 0 and left == [6]
+    assert out.read_text() == whole and not list(tmp_path.glob("*.rank-*"))
 
 
 def test_a_killed_process_goes_on_and_half_a_line_is_cut_off(tmp_path, as_process):

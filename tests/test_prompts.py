@@ -15,10 +15,10 @@ import prompts  # noqa: E402
 def printed(monkeypatch):
     monkeypatch.setattr(prompts, "functions", lambda: [f"function {i}" for i in range(5)])
 
-    def run(*options):
+    def run(*options, mistake=False):
         result = CliRunner().invoke(prompts.main, [str(option) for option in options])
-        assert result.exit_code == 0, result.output
-        return [json.loads(line) for line in result.stdout.splitlines()]
+        assert result.exit_code == (2 if mistake else 0), result.output
+        return result.output if mistake else [json.loads(line) for line in result.stdout.splitlines()]
 
     return run
 
@@ -46,3 +46,10 @@ def test_prompts_that_were_used_do_not_come_again(printed, tmp_path):
     after = printed("--maths", questions, "--most", 4, "--without", used)
     assert len(before) == 8 and len(after) == 3
     assert {record["prompt"] for record in before}.isdisjoint(record["prompt"] for record in after)
+
+
+def test_a_record_that_lacks_something_is_named(printed, tmp_path):
+    (tmp_path / "maths.jsonl").write_text('\n{"question": "one"}\n\n{"prompt": "two"}\n')
+    said = printed("--maths", tmp_path / "maths.jsonl", mistake=True)
+    assert "maths.jsonl, line 4: needs `question`" in said
+    assert "leave the files out" in printed("--openings", "--maths", tmp_path / "maths.jsonl", mistake=True)

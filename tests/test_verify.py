@@ -56,6 +56,15 @@ def test_verified_answers_are_ar_answers_in_2000_settings(models, part):
         settings += len(prompts)
 
 
+def test_no_draft_behind_the_end_of_an_answer_counts_as_refused(shipped):
+    model, tokenizer = shipped
+    prompts = [tokenizer.chat([{"role": "user", "content": f"{n}+4"}]) for n in range(8)]
+    last = {pass_.row: pass_ for pass_ in decode(model, prompts, Decoding(verify=True, draft_width=20))}
+    results = generate(model, prompts, Decoding(block_size=1))
+    for row, (prompt, result) in enumerate(zip(prompts, results)):
+        assert all(draft.position < len(prompt) + len(result.tokens) for draft in last[row].refused)
+
+
 def test_drafts_of_the_shipped_model_are_kept_and_save_passes(shipped):
     model, tokenizer = shipped
     question = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"

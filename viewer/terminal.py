@@ -85,7 +85,8 @@ def watch(
         ids = [None if token == mask else token for token in tokens + refused]
         texts = token_texts(tokenizer, ids, special=False)
         cells = [(BLANK if text is None else text, mark) for text, mark in zip(texts, marks)]
-        lines = wrapped(cells, shutil.get_terminal_size().columns - 1)
+        width = shutil.get_terminal_size().columns - 1
+        lines, known = wrapped(cells, width), wrapped(cells[: len(tokens)], width)
         drawn = []
         for line in lines[printed:]:
             styled = ""
@@ -98,8 +99,8 @@ def watch(
             drawn.append(styled)
         up = f"\x1b[{height - 1}A" if height > 1 else ""
         show(f"{up}\r\x1b[J" * (height > 0) + "\n".join(drawn))
-        passing = (n for n, line in enumerate(lines) if any(mark in (None, REFUSED) for _, mark in line))
-        settled = next(passing, len(lines) - 1) - 1  # a word of the line before may still grow and move down
+        masked = (n for n, line in enumerate(known) if any(mark is None for _, mark in line))
+        settled = next(masked, len(known) - 1) - 1  # a word of the line before may still grow and move down
         printed = max(printed, settled)
         height = len(lines) - printed
         yield pass_
