@@ -1,4 +1,4 @@
-"""What changes speed and never the method: prepacked weights, recorded passes, and training attention.
+"""What changes speed and never the method: packed weights, recorded passes, training attention, int8.
 
     model = prepack(load(folder)[0])                           # CPUs: weights in oneDNN's order
     generate(model, prompts, decoding, RecordedPasses(model))  # CUDA: a pass is one launch
@@ -39,9 +39,9 @@ from fastdllm import (
 class PrepackedLinear(Linear):
     """A linear layer for inference on a CPU, with its weight in the order in which oneDNN's products read it.
 
-    Otherwise oneDNN reorders the weight in every product, or uses a slower kernel. A weight with fewer
-    numbers than SMALL_WEIGHT fits in a core's cache. With fewer rows than FEW_ROWS its plain product is
-    faster, so it is kept in both orders.
+    Otherwise oneDNN reorders the weight in every product, or uses a slower kernel. A weight below
+    SMALL_WEIGHT numbers fits in a core's cache. Its plain product is faster below FEW_ROWS rows of x, so it
+    is kept in both orders.
     """
 
     SMALL_WEIGHT, FEW_ROWS = 2**18, 16
@@ -99,7 +99,7 @@ def avoid_cudnn_attention() -> None:
 class Recorded(NamedTuple):
     """A pass as it is kept: tensors to fill before it runs, what runs it, and where its guesses appear."""
 
-    numbers: Tensor  # token ids, starts, cache rows and wanted outputs, one after the other
+    numbers: Tensor  # tokens, starts, cache rows, wanted outputs, causal ends, concatenated
     draws: Tensor
     replay: Callable[[], Tensor]
 
@@ -140,7 +140,7 @@ class RecordedPasses:
         there = tuple(self.cache.k.shape[1:3]) if self.cache else (0, 0)
         both = tuple(map(max, wanted, there))
         if both != there:
-            # room for both, so that unlike requests do not drop each other's graphs, unless that is far more
+            # room for both, or they would drop each other's graphs; but at most twice the larger one
             far_more = math.prod(both) > 2 * max(math.prod(wanted), math.prod(there))
             size = wanted if far_more else both
             self.passes = {}
@@ -169,30 +169,31 @@ class RecordedPasses:
         causal: list[int] | None,
     ) -> Tensor:
         """What `best_guesses` gives for `outputs`, indices into the flattened (B, T) of this pass."""
-        B, T = 1 << (len(places) - 1).bit_length(), tokens.shape[1]
+        B, T = 1 << (len(places) - 1).bit_length(), tokens.shape[1]  # rows, padded to a power of 2
         N = B * (T if decoding.verify else min(T, decoding.sub_block_size))  # no pass guesses more
-        spare, more = self.cache.k.shape[1] - 1, B - len(places)
-        first_rows = places == list(range(B))
+        spare, pad = self.cache.k.shape[1] - 1, B - len(places)
+        in_order = places == list(range(B))
         seen = self.slots_for(round_up(max(starts) + T, decoding.block_size))
-        numbers = [*starts, *[0] * more, *places, *[spare] * more, *outputs, *[0] * (N - len(outputs))]
-        numbers += [*causal, *[0] * more] if causal else []
-        numbers = torch.cat([F.pad(tokens.flatten(), (0, more * T)), torch.tensor(numbers)])
+        numbers = [*starts, *[0] * pad, *places, *[spare] * pad, *outputs, *[0] * (N - len(outputs))]
+        numbers += [*causal, *[0] * pad] if causal else []
+        numbers = torch.cat([F.pad(tokens.flatten(), (0, pad * T)), torch.tensor(numbers)])
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
         options = decoding.block_size, decoding.temperature, decoding.top_p, decoding.runner_up
         options += (decoding.verify, decoding.draft_width)
-        key = (B, T, N, len(numbers), seen, first_rows, has_masks, *options)
+        key = (B, T, N, len(numbers), seen, in_order, has_masks, *options)
         recorded = self.passes.pop(key, None)
         if recorded is None:
             while len(self.passes) >= self.MOST_GRAPHS:
                 del self.passes[next(iter(self.passes))]
-            recorded = self.prepare(numbers, draws, B, T, N, seen, first_rows, decoding, has_masks)
+            recorded = self.prepare(numbers, draws, B, T, N, seen, in_order, decoding, has_masks)
         self.passes[key] = recorded  # now the last used one
         recorded.numbers.copy_(numbers, non_blocking=True)
         recorded.draws.copy_(draws, non_blocking=True)
         return recorded.replay()[: len(outputs)]
 
-    def prepare(self, numbers, draws, B, T, N, seen, first_rows, decoding, has_masks) -> Recorded:
+    def prepare(self, numbers, draws, B, T, N, seen, in_order, decoding, has_masks) -> Recorded:
+        """Inputs on the device, and what runs a pass over them; numbers and draws as in `Recorded`."""
         model, cache, device = self.model, self.cache, self.model.weight.device
         inputs = numbers.to(device, copy=True), draws.to(device, copy=True)
 
@@ -205,7 +206,7 @@ class RecordedPasses:
             drafts = decoding.draft_width if decoding.verify and has_masks else None
             mask_id = model.config.mask_token_id
             slots, positions, mask = layout(tokens, starts, seen, size, one_block, mask_id, drafts, ends)
-            read = slice(B) if first_rows else rows
+            read = slice(B) if in_order else rows
             window = Window(positions, (rows[:, None], slots), (read, slice(seen)), mask)
             hidden = window_pass(model, cache, tokens, window, has_masks)
             return best_guesses(model, hidden.flatten(0, 1)[outputs], inputs[1], decoding)
@@ -265,9 +266,9 @@ def blockwise_attention(
 ) -> Tensor:
     """`train.training_mask` applied block by block, so that few queries meet a key that they cannot see.
 
-    The masks (B or 1, L, L) say what a clean query sees of the clean copy, and what a noisy query sees of it
-    with its own view's block in place of the clean one; None where blocks alone decide. With n blocks this is
-    about (n + 1) / (2 n) / (views + 1) of the dense mask's work.
+    clean_mask (B or 1, L, L): what a clean query sees of the clean copy. noisy_mask: the same of a noisy
+    query, where its own block is its view's. None: blocks alone decide. With n blocks this is about
+    (n + 1) / (2 n) / (views + 1) of the dense mask's work.
     """
     into_rows = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)
     # (B * views, heads, L, d)
@@ -279,21 +280,25 @@ def blockwise_attention(
         mask = None if clean_mask is None else clean_mask[:, own, :end]
         clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end], mask))
         if views:
-            keys, values = (
-                torch.cat([whole[:, :, :start].repeat_interleave(views, dim=0), part[:, :, own]], dim=2)
-                for part, whole in ((noisy_k, clean_k), (noisy_v, clean_v))
+            earlier = slice(start)
+            keys = torch.cat(
+                [clean_k[:, :, earlier].repeat_interleave(views, dim=0), noisy_k[:, :, own]], dim=2
+            )
+            values = torch.cat(
+                [clean_v[:, :, earlier].repeat_interleave(views, dim=0), noisy_v[:, :, own]], dim=2
             )
             mask = None if noisy_mask is None else noisy_mask[:, own, :end]
-            mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(views, dim=0)
+            if mask is not None and len(mask) > 1:
+                mask = mask.repeat_interleave(views, dim=0)
             noisy.append(plain_attention(noisy_q[:, :, own], keys, values, mask))
     if views:
-        clean.insert(0, torch.cat(noisy, dim=2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2, 3))
-    return torch.cat(clean, dim=2)
+        noisy = [torch.cat(noisy, dim=2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2, 3)]
+    return torch.cat(noisy + clean, dim=2)
 
 
 @cache
 def compiled_flex() -> Callable:
-    """One kernel per shape; gradients or none, views, and the last batch's rows make a dozen shapes."""
+    """One kernel per shape; gradients or none, views, and kinds of loss make a dozen shapes."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
@@ -305,14 +310,14 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
 
 
 def sparse_mask(sees: Callable, rows: int | None, side: int, device: torch.device) -> BlockMask:
-    """A mask `sees(row, head, query, key)` for FlexAttention: tiles that are seen in part, and whole ones.
+    """FlexAttention's form of `sees(row, head, query, key)`: which tiles are seen in part, which whole.
 
-    rows: None where all rows share it. Tiles are found one row of them at a time: torch's own function writes
-    out the mask of all queries and keys.
+    rows: None where all rows share it. Memory holds 128 queries at a time; torch's own function writes out
+    the mask of all queries and keys.
     """
     tile, index = 128, torch.arange(side, device=device)
     row = None if rows is None else torch.arange(rows, device=device)[:, None, None]
-    tiles, some, every = -(-side // tile), [], []
+    tiles, some, every = math.ceil(side / tile), [], []
     for queries in index.split(tile):
         seen = sees(row, None, queries[:, None], index).view(-1, len(queries), side)
         seen = F.pad(seen, (0, tiles * tile - side, 0, tile - len(queries))).unflatten(2, (tiles, tile))
@@ -350,21 +355,20 @@ def to_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     return levels.to(torch.int8), scale
 
 
+# compiling needs a compiler and Python's headers; else they run as they are, several times as slow
+can_compile = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+fused = partial(torch.compile, dynamic=True) if can_compile else lambda f: f
+to_levels_fast = fused(to_levels)
+
+
+@fused
 def balanced_levels(x: Tensor, balance: Tensor) -> tuple[Tensor, Tensor]:
     return to_levels(x * balance)
 
 
+@fused
 def from_levels(y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return y.float() * rows * columns
-
-
-# compiling needs a compiler and Python's headers; else they run as they are, several times as slow
-if shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists():
-    to_levels_fast, balanced_levels, from_levels = (
-        torch.compile(f, dynamic=True) for f in (to_levels, balanced_levels, from_levels)
-    )
-else:
-    to_levels_fast = to_levels
 
 
 class Int8Product(torch.autograd.Function):

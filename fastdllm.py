@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import accumulate, repeat, takewhile
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ class Config:
     stop_token_ids: tuple[int, ...] = ()  # `eos_token_id`
     tokenizer_size: int | None = None  # ids from here on are padding rows of the embedding, never guessed
     draft_width: int | None = None  # masks of a draft that a loaded adapter was trained with
-    clean: str = "block"  # what committed tokens see: their whole block (paper), or "causal": none later
+    clean: str = "block"  # committed tokens see their whole "block" (paper), or, "causal", none later
 
 
 # --- Mask ---
@@ -91,8 +91,8 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int, causal: Te
 
     Attention is bidirectional inside a block and causal between blocks. Positions of queries (..., T) and
     keys (S) give (..., T, S) bool. Block size 1 is the ordinary causal mask. causal (..., 1): queries before
-    this position see no later key, see `Config.clean`. In training noisy copies of the text stand beside it;
-    what they see is `train.visibility`.
+    this position see no later key, see `Config.clean`. In training noisy copies stand beside the text;
+    `train.visibility` says what they see.
     """
     seen = queries[..., None] // block_size >= keys // block_size
     return seen if causal is None else seen & ((queries >= causal)[..., None] | (queries[..., None] >= keys))
@@ -336,8 +336,8 @@ def window_pass(model: Qwen2, cache: KVCache, tokens: Tensor, window: Window, ha
 def draft_layout(tokens: Tensor, starts: Tensor, slots: Tensor, mask_id: int, width: int) -> tuple:
     """Positions (B, T) of windows with drafts, and which slots (S) each query sees, (B, T, S).
 
-    A window (B, T), in the slots from `starts` (B, 1) on, is the last known token, its drafts, and for each
-    of these tokens a group of `width` masks at the positions after it. With one draft and width 2:
+    A window (B, T) begins at slot `starts` (B, 1): the last known token, its drafts, and per token one group
+    of `width` masks, at the positions after it. With one draft and width 2:
 
         window       known  draft   mask   mask    mask   mask
         slot           p     p+1    p+2    p+3     p+4    p+5
@@ -405,29 +405,28 @@ def run_window(
     if T > piece:  # no block sees a later one, so pieces give the same
         aligned = all(start % block_size == 0 for start in starts)
         require(aligned, f"A window of more than {piece} positions must begin with a block.")
-        parts = [(tokens[:, at : at + piece], [start + at for start in starts]) for at in range(0, T, piece)]
-        run = lambda *part: run_window(model, *part, cache, block_size, rows, has_masks, None, causal)
-        return torch.cat([run(*part) for part in parts], dim=1)
+        hidden = []
+        for at in range(0, T, piece):
+            part, begins = tokens[:, at : at + piece], [start + at for start in starts]
+            hidden.append(run_window(model, part, begins, cache, block_size, rows, has_masks, None, causal))
+        return torch.cat(hidden, dim=1)
     seen = round_up(max(starts) + T, block_size)
     if causal and all(start >= end for start, end in zip(starts, causal)):
-        causal = None  # no query is before it
+        causal = None  # no query is causal
     same_place = len(set(zip(starts, causal or starts))) == 1
     if same_place:  # then all rows share positions and mask
         starts, causal = starts[:1], causal and causal[:1]
     one_block = not causal and all(start // block_size == (start + T - 1) // block_size for start in starts)
     first, mask_id = torch.tensor(starts, device=tokens.device)[:, None], model.config.mask_token_id
     ends = causal and torch.tensor(causal, device=tokens.device)[:, None]
-    if one_block and same_place and not draft_width:  # the block is the last one that is read: all is seen
-        slots = positions = first + torch.arange(T, device=tokens.device)
-        mask = None
-    else:
-        slots, positions, mask = layout(
-            tokens, first, seen, block_size, one_block, mask_id, draft_width, ends
-        )
+    slots, positions, mask = layout(tokens, first, seen, block_size, one_block, mask_id, draft_width, ends)
+    if one_block and same_place and not draft_width:
+        mask = None  # nothing is read behind this block: all is seen
     in_order = rows == list(range(rows[0], rows[0] + B))  # slices then read without a copy
     read = slice(rows[0], rows[0] + B) if in_order else torch.tensor(rows, device=tokens.device)
-    write = read, slice(starts[0], starts[0] + T)
-    if not (in_order and same_place):
+    if in_order and same_place:
+        write = read, slice(starts[0], starts[0] + T)
+    else:
         write = torch.tensor(rows, device=tokens.device)[:, None], slots
     window = Window(positions, write, (read, slice(seen)), mask)
     return window_pass(model, cache, tokens, window, has_masks)
@@ -489,9 +488,31 @@ def accept(
 
 
 def knob(default, help: str, kind: type | None = None, low=None, high=None, choices: tuple = ()):
-    """A field of `Decoding`: its help on the command line, and which values it may have."""
+    """A field of settings: its help on the command line, and which values it may have."""
     rule = {"help": help, "kind": kind, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=rule)
+
+
+def check_knobs(settings, flags: bool = False) -> None:
+    """Raises InputError for a value that its `knob` does not allow; None may stand where it is the default.
+
+    flags: name the fields as on the command line.
+    """
+    for name, rule in ((f.name, f.metadata) for f in fields(settings) if "kind" in f.metadata):
+        value, default = getattr(settings, name), getattr(type(settings), name)
+        low, high = rule["low"], math.inf if rule["high"] is None else rule["high"]
+        if rule["choices"]:
+            ok, must = value in rule["choices"], f"be one of {', '.join(rule['choices'])}"
+        elif rule["kind"] is int:
+            ok, must = type(value) is int and low <= value <= high, f"be a whole number of at least {low}"
+            must += f" and at most {high}" if high < math.inf else ""
+        elif rule["kind"] is float:
+            ok = isinstance(value, (int, float)) and low <= value <= high
+            must = f"lie in [{low:g}, {high:g}]"
+        else:
+            ok, must = type(value) is bool, "be True or False"
+        shown = "--" + name.replace("_", "-") if flags else name
+        require(ok or (value is None and default is None), f"{shown} is {value!r}, it must {must}.")
 
 
 CACHES, ACCEPTS, CLEAN = ("none", "block", "dual"), ("threshold", "prefix"), ("block", "causal")
@@ -531,20 +552,7 @@ class Decoding:
     draft_confidence: float = knob(0.0, "Verify drafts while their joint confidence is above.", float, 0, 1)
 
     def __post_init__(self):
-        for name, rule in ((f.name, f.metadata) for f in fields(self) if "kind" in f.metadata):
-            value, default = getattr(self, name), getattr(Decoding, name)
-            low, high = rule["low"], math.inf if rule["high"] is None else rule["high"]
-            if rule["choices"]:
-                ok, must = value in rule["choices"], f"be one of {', '.join(rule['choices'])}"
-            elif rule["kind"] is int:
-                ok, must = type(value) is int and low <= value <= high, f"be a whole number of at least {low}"
-                must += f" and at most {high}" * (high < math.inf)
-            elif rule["kind"] is float:
-                ok = isinstance(value, (int, float)) and low <= value <= high
-                must = f"lie in [{low:g}, {high:g}]"
-            else:
-                ok, must = type(value) is bool, "be True or False"
-            require(ok or (value is None and default is None), f"{name} is {value!r}, it must {must}.")
+        check_knobs(self)
         tiny = 0 < self.temperature < 1e-4  # logits divided by it would overflow
         require(not tiny, f"temperature is {self.temperature}, it must be 0 or at least 0.0001.")
         stop = self.stop_token_ids
@@ -613,7 +621,7 @@ class Pass:
 
     @property
     def stop(self) -> int:
-        """The first position after the window; of drafts, whose groups share positions, the last guessed."""
+        """The first position after the window. Drafts share positions: there it is the last one guessed."""
         drafts = self.kind in ("draft", "verify")
         return self.guessed[-1] if drafts else self.start + len(self.tokens)
 
@@ -695,9 +703,8 @@ class Row:
             pass_.revealed = [Revealed(pass_.guessed[i], *guesses[i]) for i in kept]
         self.finish(pass_)
 
-    def plan(self, kind: str, start: int, stop: int, guessed: Iterable[int], committed: int) -> Pass:
+    def plan(self, kind: str, start: int, stop: int, guessed: list[int], committed: int) -> Pass:
         """A pass over positions [start, stop)."""
-        guessed = list(guessed)
         outputs = [i - 1 - start for i in guessed]  # token shift (section 3): output i - 1 predicts i
         draws = self.draw(guessed) if self.decoding.temperature else torch.empty(0)
         return Pass(kind, start, self.tokens[start:stop], guessed, outputs, draws, committed, self.index)
@@ -780,9 +787,8 @@ class VerifiedRow(Row):
 
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
         """The first drafts, as long as the product of their confidences is above `draft_confidence`."""
-        together = accumulate((draft.confidence for draft in drafts), operator.mul)
-        likely = takewhile(lambda pair: pair[1] > self.decoding.draft_confidence, zip(drafts, together))
-        return [draft for draft, _ in likely]
+        joint = accumulate((draft.confidence for draft in drafts), operator.mul)  # it never rises
+        return [draft for draft, p in zip(drafts, joint) if p > self.decoding.draft_confidence]
 
     def draw(self, guessed: list[int]) -> Tensor:
         """The numbers that AR draws for these positions, the same in every pass: so samples are AR's too."""
@@ -800,7 +806,8 @@ def check_prompt(prompt: Sequence[int], decoding: Decoding, config: Config) -> l
         raise InputError(lists) from None
     vocab, limit = config.tokenizer_size or config.vocab_size, config.max_position_embeddings
     require(prompt, "The prompt is empty; give at least one token.")
-    stray, mask = next((token for token in prompt if not 0 <= token < vocab), None), config.mask_token_id
+    mask = config.mask_token_id
+    stray = next((token for token in prompt if not 0 <= token < vocab), None)
     require(stray is None, f"The prompt has token id {stray}, outside the vocabulary of {vocab}.")
     ok = mask not in prompt
     require(ok, f"The prompt has the mask token, id {mask}, which only the decoder may write.")
@@ -917,9 +924,9 @@ def decode_rows(
 
 
 def shared_width(pass_: Pass, decoding: Decoding) -> tuple[bool, int]:
-    """A key: passes with the same one can run as one. It is whether the pass is a prefill, and a width.
+    """Passes with equal keys can run as one. A key is whether the pass is a prefill, and a width.
 
-    The width is a prefill's length rounded up to 64, the widest possible verification's, else the length.
+    The width of a prefill is rounded up to 64, that of a verification is the widest possible one.
     """
     if pass_.kind == "prefill":
         return True, round_up(len(pass_.tokens), 64)
@@ -1129,7 +1136,8 @@ def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
     for i, entry in sorted(listed.items()):
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
-        encoder.add_special_tokens([token]) if token.special else encoder.add_tokens([token])
+        add = encoder.add_special_tokens if token.special else encoder.add_tokens
+        add([token])
         got = encoder.token_to_id(token.content)  # the library numbers tokens itself and ignores listed ids
         what = f"added token {token.content!r:.100}"
         require(got == i, f"{folder}: {what} is listed as id {i} but becomes {got}.")
@@ -1143,8 +1151,9 @@ def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
 
 # --- Load and save ---
 
-SAME_KEYS = list(Config.__annotations__)[:11]  # fields that config.json has under the same names
-SIZES = SAME_KEYS[:8]
+NAMES = list(Config.__annotations__)
+SAME_KEYS = NAMES[: NAMES.index("block_size")]  # fields that config.json has under the same names
+SIZES = NAMES[: NAMES.index("rms_norm_eps")]
 REQUIRED = {"model_type", *SIZES} - {"head_dim"}
 INDEX = "model.safetensors.index.json"  # tensor name -> file, for weights in several files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
@@ -1420,7 +1429,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LowRank(nn.Module):
-    """(alpha / r) B A x at masks, else 0: an adapter's part of a linear layer; A is (r, in), B (out, r).
+    """(alpha / r) B A x where `masked`, else 0: an adapter's part of a layer; A is (r, in), B (out, r).
 
     On CPUs it is float32, where so small a product is several times as fast as in bfloat16.
     """
@@ -1528,8 +1537,8 @@ def load_adapter(model: Qwen2, path: str | os.PathLike) -> Qwen2:
     ok = width is None or type(width) is int and 1 <= width <= most
     require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number from 1 to {most}.")
     # a base without a mask token takes one that no text has
-    fits = type(ids[0]) is int and ids[0] in (c.mask_token_id, *range(c.tokenizer_size or 0, c.vocab_size))
-    fits = fits and c.mask_token_id in (None, ids[0])
+    allowed = range(c.tokenizer_size or 0, c.vocab_size) if c.mask_token_id is None else [c.mask_token_id]
+    fits = type(ids[0]) is int and ids[0] in allowed
     require(fits, f"{folder}: its mask is id {ids[0]}, the base's {c.mask_token_id} of {c.vocab_size}.")
     found, wanted = tensor_shapes(folder / ADAPTER_WEIGHTS), {MASK_ROW: [1, c.hidden_size]}
     for name, layer in adapted_layers(model).items():

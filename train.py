@@ -6,7 +6,7 @@
     python train.py draft --model FOLDER --data own.jsonl --out adapter   # an adapter that drafts: --verify
     torchrun --nproc-per-node 8 train.py adapt --preset 1.5b ...          # on several devices
 
-Data is JSONL: `messages` (or `question` and `answer`), of which the assistant's part trains, `text`, or an
+Data is JSONL: `text`; `messages`, or `question` and `answer`, of which the assistant's part trains; or an
 answer that `cli.py generate --output` wrote. A stopped run resumes from its last checkpoint when the same
 command is started again.
 
@@ -65,6 +65,7 @@ from fastdllm import (
     attention_bias,
     base_digest,
     causal_attention,
+    check_knobs,
     grouped_attention,
     knob,
     load,
@@ -89,7 +90,9 @@ def complementary_noise(
     Per block t ~ U[0, 1), and a position is masked with probability 0.999 t + 0.001.
     """
     B, L = trainable.shape
-    t = torch.rand(B, -(-L // block_size), generator=generator).repeat_interleave(block_size, dim=1)[:, :L]
+    t = torch.rand(B, math.ceil(L / block_size), generator=generator).repeat_interleave(block_size, dim=1)[
+        :, :L
+    ]
     u = torch.rand(B, L, generator=generator)
     return trainable & (u < 0.999 * t + 0.001).to(trainable.device)
 
@@ -161,7 +164,7 @@ def training_attention(
         bias = lambda q, k: attention_bias(mask, q.shape[1] // k.shape[1], q.dtype)
         return lambda layer, q, k, v: grouped_attention(q, k, v, bias(q, k))
     # without views the row may be cut anywhere, and 32 positions at a time are fast
-    piece = block_size if views else max(block_size, min(length, 32))
+    piece = block_size if views else 32
     piece = piece if length % piece == 0 else length
     among = lambda c: training_mask(length, block_size, 0, documents, device, c).view(-1, length, length)
     noisy_mask = None if documents is None and piece == block_size else among("block")
@@ -471,7 +474,7 @@ def file_hash(path: Path) -> str:
 
 
 def file_status(path: Path) -> list[int]:
-    """Size and time of change: a file in which they are the same is taken to be the same."""
+    """Size and time of change: a file that keeps both is taken to be unchanged."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
@@ -712,14 +715,14 @@ class Objective(nn.Module):
         return found
 
 
-def distribute(objective: Objective, how: "Training") -> nn.Module:
+def distribute(objective: Objective) -> nn.Module:
     """Ready for several processes: DDP, where each has all weights, or FSDP2, where each has a share of them.
 
     Trained weights are float32 from here on, frozen ones in the compute dtype. The residual stream is in the
     compute dtype under FSDP2 and with low-rank layers, else float32. FSDP2 also sends weights in the compute
     dtype. With `recompute` only the layers' inputs are kept for the backward pass.
     """
-    layers = objective.model.model.layers
+    how, layers = objective.how, objective.model.model.layers
     if how.recompute:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -783,7 +786,7 @@ def check_shares(place: Path) -> None:
 
 
 def state_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The trained tensors and AdamW's state, by name, not copied. Before a first step it is zeros."""
+    """The trained tensors and AdamW's state, by name, not copied. Before a step that is zeros."""
     found, fresh = {}, not optimizer.state
     for name, p in objective.named_parameters():
         if p.requires_grad:
@@ -800,12 +803,12 @@ def share_of(tensor: Tensor) -> tuple[Tensor, int]:
     """This process's rows of a tensor, as a view, and the first one's index; FSDP2 splits tensors by rows."""
     if not isinstance(tensor, DTensor):
         return tensor if tensor.dim() else tensor.view(1), 0
-    rows = -(-tensor.shape[0] // world_size())
+    rows = math.ceil(tensor.shape[0] / world_size())
     return tensor.to_local(), min(rank() * rows, tensor.shape[0])
 
 
 def same_run(out: Path, run: dict) -> None:
-    """Raises InputError where the folder holds another run's checkpoints: going on would mix the two."""
+    """Note the run in run.json. Raises InputError where the folder holds another run's checkpoints."""
     file = out / "run.json"
     if checkpoints(out) and file.exists():
         known = read_json(file)
@@ -933,12 +936,10 @@ def setting(default, help: str, low=0, high=10**9, choices: tuple = ()):
 
 
 class Settings:
-    """A base for settings: raises InputError where a float is NaN or infinite."""
+    """A base for settings. Raises InputError for a value that its field does not allow."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            ok = type(value) is not float or math.isfinite(value)
-            require(ok, f"--{name.replace('_', '-')} is {value}; give a finite number.")
+        check_knobs(self, flags=True)
 
 
 PACKINGS = {
@@ -1062,7 +1063,7 @@ class Trainer:
         ok = how.batch_size % share == 0
         parts = f"{world_size()} processes x --micro-batch {how.micro_batch}"
         require(ok, f"--batch-size {how.batch_size} is no multiple of {share}, {parts}.")
-        self.objective = distribute(Objective(model, how), how)
+        self.objective = distribute(Objective(model, how))
         trained = [p for p in self.objective.parameters() if p.requires_grad]
         decayed, others = [p for p in trained if p.dim() == 2], [p for p in trained if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others}]
@@ -1329,7 +1330,7 @@ def draft_weights(chances: Tensor, near: float, reach: float) -> Tensor:
 def draft_loss(
     model: Qwen2, hidden: Tensor, targets: Tensor, ids: Tensor, others: Tensor, near: float, reach: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of cross entropies, sum of the weights, and number of drafts that would be kept.
+    """Weighted sum of cross entropies, sum of weights, drafts kept among `ids` and `others`.
 
     hidden (B, G, w, D), targets (B, G, w); near, reach: see `draft_weights`. The head runs over two sets of
     tokens. `ids` (sorted) holds all targets. `others` is a random sample of the remaining vocabulary; its
@@ -1355,11 +1356,12 @@ def simulate(model: Qwen2, known: Known, documents: Iterable[int], width: int) -
 
     The answers count as what AR would write. A cycle is two passes, and writes 2 tokens and the kept drafts.
     """
-    anchors_left = {document: anchors_of(known.corpus.piece(document)[1]).tolist() for document in documents}
-    kept, state = Counter(), [(document, at[0]) for document, at in anchors_left.items() if at]
-    while state:
+    possible = {document: anchors_of(known.corpus.piece(document)[1]).tolist() for document in documents}
+    kept, running = Counter(), [(document, at[0]) for document, at in possible.items() if at]
+    while running:
         after = []
-        for part in (state[i : i + 32] for i in range(0, len(state), 32)):
+        for i in range(0, len(running), 32):
+            part = running[i : i + 32]
             anchors = torch.tensor([[a] for _, a in part], device=model.weight.device)
             hidden = draft(model, [known[d] for d, _ in part], anchors, width)
             guesses = torch.cat([model.logits(rows).argmax(-1) for rows in hidden.flatten(0, 2).split(256)])
@@ -1368,9 +1370,9 @@ def simulate(model: Qwen2, known: Known, documents: Iterable[int], width: int) -
                 right = guess == draft_targets(tokens, torch.tensor([a], device=tokens.device), width)[0]
                 m = int(right.cumprod(0).sum())
                 kept[m] += 1
-                if a + 2 + m in anchors_left[document]:  # else the answer ends
+                if a + 2 + m in possible[document]:  # else the answer ends
                     after.append((document, a + 2 + m))
-        state = after
+        running = after
     return kept
 
 
@@ -1389,7 +1391,7 @@ class DraftTrainer(Trainer):
         # a loaded adapter keeps its weights; a new mask row starts as a copy of a stop token's row
         loaded = adapter_tensors(model) if model.mask_row is not None else {}
         stop = model.config.stop_token_ids
-        row = loaded.pop(MASK_ROW, model.weight[stop[-1] if stop else 0][None])[0]
+        row = loaded.pop(MASK_ROW)[0] if loaded else model.weight[stop[-1] if stop else 0]
         self.objective = Adapter(model, how.rank, how.alpha, how.seed, row)
         tensors = adapter_tensors(model)
         for name, tensor in loaded.items():
@@ -1483,13 +1485,13 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, how: Training, row: in
     yield f"\nWhich block sees which ({blocks} of {how.seq_len // size}); a row is a query, a column a key:"
     names = [*named, "clean"]
     at = [part * how.seq_len + block * size for part in range(len(names)) for block in range(blocks)]
-    firsts = torch.tensor(at)  # all of a block see the same blocks as its first position
+    firsts = torch.tensor(at)  # all positions of a block see the same blocks
     sees = visibility(how.seq_len, size, len(views), batch.documents, how.clean)
     mask = sees(0, None, firsts[:, None], firsts)
     yield " " * 9 + " ".join(f"{name:<{blocks}}" for name in names)
     for n, seen in enumerate(mask):
-        cells = "".join((" " * (k % blocks == 0 < k)) + ".#"[see] for k, see in enumerate(seen.tolist()))
-        yield f"{names[n // blocks] if n % blocks == 0 else '':<9}{cells}"
+        cells = ("".join("#" if see else "." for see in part) for part in seen.view(-1, blocks).tolist())
+        yield f"{names[n // blocks] if n % blocks == 0 else '':<9}{' '.join(cells)}"
 
 
 # --- Command line ---
@@ -1551,7 +1553,8 @@ def open_data(out: Path, run: dict, data: Path, heldout: Path | None, tokenizer:
         content = Corpus.content(data, out / "tokens")
         same_run(out, {"content": content} | run)
         Corpus.prepare(data, tokenizer, out / "tokens", broken, content)
-        heldout and Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
+        if heldout:
+            Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
 
     first_process(prepare)
     there = lambda source, name: Corpus.open(source if source.is_dir() else out / name)
@@ -1605,10 +1608,10 @@ def train(objective, folder, data, out, heldout, broken, device, threads, from_s
         run = {"objective": objective, "model": str(folder), "vocab_size": model.config.vocab_size}
         run |= {"block_size": size} | lasting(how)
         run |= {"base_digest": base_digest(model)} if how.lora else {}  # no checkpoint holds a frozen base
-        corpus, heldout = open_data(out, run, data, heldout, tokenizer, broken)
+        corpus, unseen = open_data(out, run, data, heldout, tokenizer, broken)
         weights = {"ar": 1.0} if objective == "ar" else {"diffusion": 1.0, "ar": how.ar_weight}
         kinds = {kind: weight for kind, weight in weights.items() if weight}
-        trainer = Trainer(kinds, model, corpus, heldout, how)
+        trainer = Trainer(kinds, model, corpus, unseen, how)
         trainer.run(out)
         save_result(out, trainer.objective, model, tokenizer, DTYPES[save_dtype])
         if rank() == 0:
@@ -1698,7 +1701,8 @@ def show_command(folder, data, row, block_size, **how):
     documents = list(islice(read_documents(data, tokenizer, "skip"), 500))  # enough to fill rows
     require(documents, f"{data}: holds no documents.")
     offsets = np.cumsum([0, *(len(tokens) for tokens, _ in documents)])
-    corpus = Corpus(*(np.concatenate(column) for column in zip(*documents)), offsets)
+    tokens, trainable = (np.concatenate(column) for column in zip(*documents))
+    corpus = Corpus(tokens, trainable, offsets)
     for line in show(corpus, tokenizer, size, how, row):
         click.echo(line)
 

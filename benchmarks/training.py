@@ -76,7 +76,7 @@ def measure(
     network, _ = build(model, shape, None, device, "float32")
     network.requires_grad_(True)
     how = Training(recompute=recompute)
-    distribute(Objective(network, how), how)
+    distribute(Objective(network, how))
     where = network.lm_head.weight.device
     generator = torch.Generator().manual_seed(0)
     size = network.config.block_size

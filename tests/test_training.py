@@ -165,7 +165,7 @@ def test_flex_attention_can_be_traced_in_a_recomputed_step_and_has_the_dense_gra
         model.config = replace(model.config, block_size=32)
         how = Training(compute=str(compute).removeprefix("torch."), recompute=True)
         step, batch = (
-            train.distribute(train.Objective(model, how), how),
+            train.distribute(train.Objective(model, how)),
             Batch(tokens, trainable, documents, masked),
         )
         found = step(batch, {kind: batch.outputs(kind, True) for kind in ("diffusion", "ar")})
@@ -776,7 +776,7 @@ def test_a_cosine_ends_where_its_steps_end(tmp_path):
         ({"block-size": 1}, "--block-size 1 is autoregressive"),
         ({"clean": "causal"}, "was adapted with --clean block"),
         ({"clip": 0}, "'--clip'"),
-        ({"lr": "nan"}, "--lr is nan; give a finite number"),
+        ({"lr": "nan"}, "--lr is nan, it must lie in [0, 100]"),
         ({"lr": "inf"}, "'--lr'"),
         ({"ar-weight": "nan"}, "--ar-weight is nan"),
         ({"lora": 97}, "allow 1 to"),
@@ -793,6 +793,14 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, options, sentence):
     line = command(tmp_path, "adapt", **({"out": tmp_path / "out"} | options))
     run = CliRunner().invoke(train.main, line[1:])
     assert run.exit_code == 2 and sentence in run.output and "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    "field, value", [("packing", "document"), ("parallel", "ddpp"), ("steps", 0), ("lr", -1.0)]
+)
+def test_a_setting_that_no_option_could_have_is_refused_in_python_too(field, value):
+    with pytest.raises(InputError, match=f"--{field} is {value!r}, it must"):
+        Training(**{field: value})
 
 
 def test_show_prints_a_row_as_it_trains():
