@@ -748,14 +748,12 @@ def answer_file(
     """Decode many prompts; each answer is written with its request's fields."""
     results, began = [], time.perf_counter()
     place = Path(target)
-    place = (
-        place if target != "-" and (place.is_file() or not place.exists()) else None
-    )  # a pipe has no parts
+    has_parts = target != "-" and (place.is_file() or not place.exists())  # a pipe has none
+    place = place if has_parts else None
     resumed = answered_before(place)
     answers = answer_all(model, prompts, decoding, recorded, place, header)
     # lazy: an earlier file stays until there are answers to replace it
-    lazy = place is not None
-    opened = click.open_file(target, "w", encoding="utf-8", lazy=lazy) if RANK == 0 else nullcontext()
+    opened = click.open_file(target, "w", encoding="utf-8", lazy=has_parts) if RANK == 0 else nullcontext()
     with closing(answers), opened as file:
         for result, request, prompt in zip(answers, requests, prompts):
             results.append(result)

@@ -280,13 +280,11 @@ def blockwise_attention(
         mask = None if clean_mask is None else clean_mask[:, own, :end]
         clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end], mask))
         if views:
-            earlier = slice(start)
-            keys = torch.cat(
-                [clean_k[:, :, earlier].repeat_interleave(views, dim=0), noisy_k[:, :, own]], dim=2
+            earlier_k, earlier_v = (
+                x[:, :, :start].repeat_interleave(views, dim=0) for x in (clean_k, clean_v)
             )
-            values = torch.cat(
-                [clean_v[:, :, earlier].repeat_interleave(views, dim=0), noisy_v[:, :, own]], dim=2
-            )
+            keys = torch.cat([earlier_k, noisy_k[:, :, own]], dim=2)
+            values = torch.cat([earlier_v, noisy_v[:, :, own]], dim=2)
             mask = None if noisy_mask is None else noisy_mask[:, own, :end]
             if mask is not None and len(mask) > 1:
                 mask = mask.repeat_interleave(views, dim=0)
