@@ -339,8 +339,8 @@ def sparse_mask(sees: Callable, rows: int | None, side: int, device: torch.devic
 def int8_is_fast() -> bool:
     """Whether this CPU multiplies int8 in hardware (VNNI); without it int8 products are a plain loop.
 
-    Measured on 320 rows and one core: 710 GFLOP/s with VNNI, where float32 has 165; without it 2, where
-    float32 has 85.
+    Measured on 320 rows and one core: 710 GFLOP/s with VNNI, where float32 has 165; without it 3, where
+    float32 has 70 to 85.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot tell
     return bool(capabilities.get("avx512_vnni"))

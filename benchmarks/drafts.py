@@ -78,9 +78,9 @@ def main(model, adapter, prompts, out, widths, ahead, confidences, dtypes, max_n
             decodings[f"verify, width {w}, confidence {c:g}"] = verify(draft_width=w, draft_confidence=c)
     for w in ahead or []:
         decodings[f"verify, width {w}, ahead"] = verify(draft_width=w, draft_ahead=True)
-    if out.exists():
-        cli.cut_half_a_line(out)
-    header, *done = map(json.loads, (out.read_text() if out.exists() else "").splitlines() or ["{}"])
+    text = out.read_text() if out.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # without half a line, which a killed run leaves
+    header, *done = map(json.loads, whole.splitlines() or ["{}"])
     if not only_summary:
         require(model and adapter and prompts, "Give --model, --adapter and --prompts.")
         records = list(cli.read_jsonl(prompts).values())
@@ -96,6 +96,7 @@ def main(model, adapter, prompts, out, widths, ahead, confidences, dtypes, max_n
         same = not header or header.get("run") == run
         require(same, f"{out}: holds a run of other weights, prompts or decoders; take another --out.")
         with open(out, "a", buffering=1) as file:
+            cli.cut_half_a_line(out)
             if not header:
                 file.write(json.dumps(cli.environment("cpu") | {"ways": list(ways), "run": run}) + "\n")
             for dtype, name in ways.values():

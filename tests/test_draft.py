@@ -23,6 +23,7 @@ import fast
 import fastdllm
 import train
 import train as drafts
+from benchmarks.drafts import main as compare_drafts
 from fast import RecordedPasses, prepack
 from fastdllm import (
     Decoding,
@@ -394,11 +395,13 @@ def test_a_users_next_turn_is_neither_a_target_nor_simulated(folders):
     assert sum((2 + m) * n for m, n in kept.items()) in (12, 13)  # the last cycle may end behind the answer
 
 
-def test_a_document_longer_than_the_model_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("option", ["--data", "--heldout"])
+def test_a_document_longer_than_the_model_is_one_sentence(tmp_path, option):
     line = {"prompt": "a", "text": "", "token_ids": [5] * 3000}
-    (tmp_path / "own.jsonl").write_text(json.dumps(line) + "\n")
-    result = CliRunner().invoke(train.main, [*command(tmp_path), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2 and "a document has 30" in result.output
+    (tmp_path / "long.jsonl").write_text(json.dumps(line) + "\n")
+    line = [*command(tmp_path), option, str(tmp_path / "long.jsonl"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(train.main, line)
+    assert result.exit_code == 2 and "long.jsonl: a document has 30" in result.output
 
 
 def command(tmp_path, **options):
@@ -570,3 +573,20 @@ def test_prepacked_weights_keep_the_adapter(adapted):
     for layer in adapted_layers(adapted).values():
         layer.adapter.B.data.zero_()
     assert (run(True) - plain).abs().max() > 0.1  # the low-rank layers matter, not only the masks' row
+
+
+def test_a_comparison_of_drafts_does_not_go_on_with_another_run(plain, tmp_path):
+    base, adapter = plain
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    line = ["--model", base, "--adapter", adapter, "--prompts", str(prompts), "--out", str(out)]
+    line += ["--widths", "2", "--ahead", "1", "--dtypes", "float32", "--max-new-tokens", "3"]
+    prompts.write_text('{"set": "a", "prompt": "hi"}\n')
+    assert CliRunner().invoke(compare_drafts, line).exit_code == 0
+    whole = out.read_bytes()
+    with open(out, "ab") as file:
+        file.write(b'{"set"')  # of a run that was killed
+    assert CliRunner().invoke(compare_drafts, ["--summary", "--out", str(out)]).exit_code == 0
+    assert CliRunner().invoke(compare_drafts, line).exit_code == 0 and out.read_bytes() == whole
+    prompts.write_text('{"set": "a", "prompt": "ho"}\n')
+    other = CliRunner().invoke(compare_drafts, line)
+    assert other.exit_code == 2 and "another --out" in other.output and out.read_bytes() == whole

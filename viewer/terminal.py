@@ -86,7 +86,9 @@ def watch(
         texts = token_texts(tokenizer, ids, special=False)
         cells = [(BLANK if text is None else text, mark) for text, mark in zip(texts, marks)]
         width = shutil.get_terminal_size().columns - 1
-        lines, known = wrapped(cells, width), wrapped(cells[: len(tokens)], width)
+        lines = known = wrapped(cells[: len(tokens)], width)
+        if refused:
+            lines = wrapped(cells, width)
         drawn = []
         for line in lines[printed:]:
             styled = ""
