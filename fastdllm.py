@@ -634,7 +634,7 @@ class Row:
             row.take(pass_, run(pass_))
 
     tokens: prompt, known tokens, kept guesses, and masks up to the end of the block in work.
-    final: every token before this position is certain.
+    certain: every token before this position is final.
     committed: every position before this one is in a finished block whose keys and values are in the cache.
     block_cached: DualCache only; every slot of the block in work was written.
     """
@@ -642,7 +642,7 @@ class Row:
     def __init__(self, prompt: Sequence[int], decoding: Decoding, mask: int | None, cached=0, index=0):
         """`decoding` is resolved; the prompt's first `cached` positions, whole blocks, are in the cache."""
         self.decoding, self.mask, self.index = decoding, mask, index
-        self.tokens, self.final, self.prompt_length = list(prompt), len(prompt), len(prompt)
+        self.tokens, self.certain, self.prompt_length = list(prompt), len(prompt), len(prompt)
         self.limit, self.finish_reason = len(prompt) + decoding.max_new_tokens, None
         self.planned: Pass | None = None  # its next pass, for `decode_rows`
         # The block of the prompt's last token always runs, since its last output may predict the first new
@@ -658,7 +658,7 @@ class Row:
     def next_pass(self) -> Pass:
         """The next pass over this row. The answer must not be finished."""
         size, sub, cache = self.decoding.block_size, self.decoding.sub_block_size, self.decoding.cache
-        begin = self.final // size * size  # of the block in work
+        begin = self.certain // size * size  # of the block in work
         end = begin + size
         self.tokens += [self.mask] * (end - len(self.tokens))
         start = 0 if cache == "none" else self.committed
@@ -671,7 +671,7 @@ class Row:
             kind = "prefill" if begin <= self.prompt_length else "commit"
             if kind == "commit" and self.decoding.fuse_commit and size > 1 and begin + 1 < self.limit:
                 return self.plan("fused", start, end, list(range(begin, begin + sub)), begin)
-            return self.plan(kind, start, begin, [begin] if self.final == begin else [], begin)
+            return self.plan(kind, start, begin, [begin] if self.certain == begin else [], begin)
 
         # 2. Sub-blocks are revealed from left to right: guess the masks of the first one that has any.
         low = self.tokens.index(self.mask, begin) // sub * sub
@@ -714,20 +714,20 @@ class Row:
         return torch.rand(len(guessed), generator=self.generator)
 
     def finish(self, pass_: Pass) -> None:
-        """Write the revealed tokens and move `final` over what is certain now.
+        """Write the revealed tokens and move `certain` over what is final now.
 
         The answer ends early at a stop token, as soon as no mask precedes it.
         """
         for kept in pass_.revealed:
             self.tokens[kept.position : kept.position + 1] = [kept.token]  # replaces a mask, or is appended
-        for token in self.tokens[self.final : self.limit]:
+        for token in self.tokens[self.certain : self.limit]:
             if token == self.mask or self.finish_reason:
                 break
             pass_.final.append(token)
-            self.final += 1
+            self.certain += 1
             if token in self.decoding.stop_token_ids:
                 self.finish_reason = "stop"
-            elif self.final == self.limit:
+            elif self.certain == self.limit:
                 self.finish_reason = "length"
         pass_.finish_reason = self.finish_reason
 
@@ -744,13 +744,13 @@ class VerifiedRow(Row):
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
-        self.drafts = []  # list of Revealed, for the positions from `final` on
+        self.drafts = []  # list of Revealed, for the positions from `certain` on
         self.numbers = []  # what AR draws for each new position, uniform in [0, 1)
 
     def next_pass(self) -> Pass:
-        start, room, width = self.committed, self.limit - self.final, self.decoding.draft_width
-        if self.final == self.prompt_length:
-            return self.plan("prefill", start, self.final, [self.final], self.final)
+        start, room, width = self.committed, self.limit - self.certain, self.decoding.draft_width
+        if self.certain == self.prompt_length:
+            return self.plan("prefill", start, self.certain, [self.certain], self.certain)
 
         # 1. Draft: the last known token, then masks. That token sees nothing behind it, so its output is AR's
         # prediction, and its keys and values are final. A mask also sees the other masks, and its output
@@ -765,11 +765,11 @@ class VerifiedRow(Row):
         window = [self.tokens[start], *(draft.token for draft in self.drafts)]
         # The token at position i predicts position i + 1. The masks of its group are at i + 1, i + 2, ... and
         # predict the position after their own.
-        after = range(self.final, self.final + len(window))
+        after = range(self.certain, self.certain + len(window))
         guessed = [*after, *(position + i for position in after for i in range(1, masks + 1))]
         draws = self.draw(guessed) if self.decoding.temperature else torch.empty(0)
         tokens = window + [self.mask] * (masks * len(window))
-        return Pass(kind, start, tokens, guessed, range(len(tokens)), draws, self.final, self.index)
+        return Pass(kind, start, tokens, guessed, range(len(tokens)), draws, self.certain, self.index)
 
     def take(self, pass_: Pass, guesses: list[tuple]) -> None:
         """Keep AR's prediction, and before it the drafts that AR predicts too; note what is drafted next."""
@@ -782,8 +782,8 @@ class VerifiedRow(Row):
         masks = len(found) // groups - 1  # of a group
         self.drafts = self.promising(found[groups + masks * kept :][:masks])
         self.finish(pass_)
-        # AR never comes to drafts behind the answer's end
-        pass_.refused = [draft for draft in refused if draft.position < self.final or not self.finish_reason]
+        end = self.certain if self.finish_reason else self.limit  # AR never comes to drafts behind the end
+        pass_.refused = [draft for draft in refused if draft.position < end]
 
     def promising(self, drafts: list[Revealed]) -> list[Revealed]:
         """The first drafts, as long as the product of their confidences is above `draft_confidence`."""
