@@ -1,5 +1,6 @@
 """Verified drafts beside AR decoding of the same weights, in float32 and bfloat16: one prompt at a time, all
-ways in turn, another one first at each prompt. Each way runs once before it is measured.
+ways in turn, another one first at each prompt. Each way runs once before it is measured. `--transformers`
+adds Transformers' greedy `generate` with the same weights and stop tokens.
 
     python benchmarks/drafts.py --model FOLDER --adapter adapters/qwen2.5-coder-0.5b-instruct \
         --prompts prompts.jsonl --out drafts.jsonl
@@ -13,26 +14,41 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import click
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import peers  # noqa: E402
 
 import cli  # noqa: E402
 from fast import prepack  # noqa: E402
-from fastdllm import Decoding, generate, load, require  # noqa: E402
+from fastdllm import Decoding, Qwen2, generate, load, require  # noqa: E402
 
 WIDTHS, CONFIDENCES = cli.numbers(int, 1, 99), cli.numbers(float, 0, 1)
 
 
-def answer(model, prompt: list[int], decoding: Decoding) -> dict:
+def ours(model: Qwen2, decoding: Decoding, prompt: list[int], count: int) -> tuple[list[int], int]:
+    """New tokens, at most `count`, and forward passes."""
+    [result] = generate(model, [prompt], replace(decoding, max_new_tokens=count))
+    return result.tokens, result.forward_passes
+
+
+def theirs(write: Callable, prompt: list[int], count: int) -> tuple[list[int], int]:
+    """The same by Transformers; its pass over the prompt gives a token and is not counted, as with ours."""
+    [tokens] = write([prompt], count)
+    return tokens, len(tokens) - 1
+
+
+def timed(way: Callable, prompt: list[int], count: int) -> dict:
     began = time.perf_counter()
-    [result] = generate(model, [prompt], decoding)
+    tokens, passes = way(prompt, count)
     seconds = time.perf_counter() - began
-    return {"tokens": result.tokens, "forward_passes": result.forward_passes, "seconds": round(seconds, 3)}
+    return {"tokens": tokens, "forward_passes": passes, "seconds": round(seconds, 3)}
 
 
 def summary(lines: list[dict]) -> str:
@@ -66,12 +82,16 @@ def summary(lines: list[dict]) -> str:
     "--confidences", help="Also with --draft-confidence, at each of the widths.", callback=CONFIDENCES
 )
 @click.option("--dtypes", default="float32,bfloat16", show_default=True)
+@click.option("--transformers", is_flag=True, help="Transformers too.")
 @click.option("--max-new-tokens", default=384, show_default=True)
 @click.option("--summary", "only_summary", is_flag=True, help="Print the table only.")
 @cli.reports_mistakes
-def main(model, adapter, prompts, out, widths, ahead, confidences, dtypes, max_new_tokens, only_summary):
-    decodings = {"AR": Decoding(block_size=1, max_new_tokens=max_new_tokens)}
-    verify = partial(Decoding, verify=True, max_new_tokens=max_new_tokens)
+def main(
+    model, adapter, prompts, out, widths, ahead, confidences, dtypes, transformers, max_new_tokens,
+    only_summary,
+):  # fmt: skip
+    decodings = {"AR": Decoding(block_size=1)}
+    verify = partial(Decoding, verify=True)
     for w in widths or []:
         decodings[f"verify, width {w}"] = verify(draft_width=w)
         for c in confidences or []:
@@ -86,27 +106,33 @@ def main(model, adapter, prompts, out, widths, ahead, confidences, dtypes, max_n
         records = list(cli.read_jsonl(prompts).values())
         good = all(isinstance(record.get(key), str) for record in records for key in ("set", "prompt"))
         require(good, f"{prompts}: each record needs `set` and `prompt`.")
-        networks = {}
+        ways = {}
+        about = {"transformers": peers.transformers_version()} if transformers else {}
         for dtype in dtypes.split(","):
             network, tokenizer = load(model, "cpu", dtype, adapter)
-            networks[dtype] = prepack(network)
-        ways = {f"{dtype} {name}": (dtype, name) for dtype in networks for name in decodings}
-        used = cli.header_of({"model": model, "adapter": adapter}, network, decodings["AR"])
+            network = prepack(network)
+            ways |= {f"{dtype} {name}": partial(ours, network, how) for name, how in decodings.items()}
+            if transformers:
+                plain = peers.as_autoregressive(load(model, "cpu", dtype)[0])
+                write = peers.as_peer(peers.as_transformers(plain), "cpu", plain.config.stop_token_ids)
+                ways[f"{dtype} Transformers"] = partial(theirs, write)
+        longest = Decoding(max_new_tokens=max_new_tokens)
+        used = cli.header_of({"model": model, "adapter": adapter}, network, longest)
         run = hashlib.sha256(json.dumps([used, list(ways), records]).encode()).hexdigest()
         same = not header or header.get("run") == run
         require(same, f"{out}: holds a run of other weights, prompts or decoders; take another --out.")
         with open(out, "a", buffering=1) as file:
             cli.cut_half_a_line(out)
             if not header:
-                file.write(json.dumps(cli.environment("cpu") | {"ways": list(ways), "run": run}) + "\n")
-            for dtype, name in ways.values():
-                answer(networks[dtype], [1] * 32, replace(decodings[name], max_new_tokens=8))
+                about = cli.environment("cpu") | about | {"ways": list(ways), "run": run}
+                file.write(json.dumps(about) + "\n")
+            for way in ways.values():
+                way([1] * 32, 8)
             for number, record in [*enumerate(records)][len(done) :]:
                 prompt = tokenizer.chat([{"role": "user", "content": record["prompt"]}])
                 first, found = number % len(ways), {}
                 for way in [*ways][first:] + [*ways][:first]:
-                    dtype, name = ways[way]
-                    found[way] = answer(networks[dtype], prompt, decodings[name])
+                    found[way] = timed(ways[way], prompt, max_new_tokens)
                 found = {way: found[way] for way in ways}
                 done.append({"set": record["set"], "id": record.get("id"), "ways": found})
                 file.write(json.dumps(done[-1]) + "\n")

@@ -20,7 +20,7 @@ left. The JSON is written after each round.
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -46,6 +46,16 @@ def as_autoregressive(model: Qwen2) -> Qwen2:
     return plain
 
 
+def transformers_version() -> str:
+    """Raises InputError where Transformers is not installed."""
+    try:
+        from transformers import __version__ as version
+    except ImportError:
+        missing = "Transformers is not installed; pip install -r benchmarks/requirements.txt"
+        raise InputError(missing) from None
+    return version
+
+
 def as_transformers(plain: Qwen2):
     """Transformers' network around the same tensors."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -60,14 +70,15 @@ def as_transformers(plain: Qwen2):
     return peer.eval()
 
 
-def as_peer(peer, device: torch.device) -> Callable:
+def as_peer(peer, device: torch.device, stop_token_ids: Iterable[int] = ()) -> Callable:
     """Transformers' greedy `generate` as a function (prompts, count) -> new tokens; it pads on the left."""
+    stop = list(stop_token_ids) or None
 
     def write(prompts: list[list[int]], count: int) -> list[list[int]]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        how = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
+        how = {"do_sample": False, "max_new_tokens": count, "eos_token_id": stop, "pad_token_id": 0}
         return peer.generate(ids, attention_mask=real.to(device), **how)[:, longest:].tolist()
 
     return write
@@ -185,12 +196,7 @@ def main(
     model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, file, prompt_tokens, ragged,
     plain, new_tokens, rounds, threads, json_file, **knobs,
 ):  # fmt: skip
-    try:
-        from transformers import __version__ as version
-    except ImportError:
-        raise InputError(
-            "Transformers is not installed; pip install -r benchmarks/requirements.txt"
-        ) from None
+    version = transformers_version()
     prepare(json_file, threads)
     given = model, shape, layers, device, dtype, adapter
     network, tokenizer = build(*given)

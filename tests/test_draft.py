@@ -575,7 +575,7 @@ def test_prepacked_weights_keep_the_adapter(adapted):
     assert (run(True) - plain).abs().max() > 0.1  # the low-rank layers matter, not only the masks' row
 
 
-def test_a_comparison_of_drafts_does_not_go_on_with_another_run(plain, tmp_path):
+def test_a_comparison_of_drafts_does_not_go_on_with_another_run(plain, tmp_path, monkeypatch):
     base, adapter = plain
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     line = ["--model", base, "--adapter", adapter, "--prompts", str(prompts), "--out", str(out)]
@@ -590,3 +590,6 @@ def test_a_comparison_of_drafts_does_not_go_on_with_another_run(plain, tmp_path)
     prompts.write_text('{"set": "a", "prompt": "ho"}\n')
     other = CliRunner().invoke(compare_drafts, line)
     assert other.exit_code == 2 and "another --out" in other.output and out.read_bytes() == whole
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    missing = CliRunner().invoke(compare_drafts, [*line, "--transformers"])
+    assert missing.exit_code == 2 and "not installed" in missing.output and out.read_bytes() == whole
