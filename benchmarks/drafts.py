@@ -114,7 +114,8 @@ def main(
             ways |= {f"{dtype} {name}": partial(ours, network, how) for name, how in decodings.items()}
             if transformers:
                 plain = peers.as_autoregressive(load(model, "cpu", dtype)[0])
-                write = peers.as_peer(peers.as_transformers(plain), "cpu", plain.config.stop_token_ids)
+                peer, stop = peers.as_transformers(plain), plain.config.stop_token_ids
+                write = peers.as_peer(peer, plain.weight.device, stop)
                 ways[f"{dtype} Transformers"] = partial(theirs, write)
         longest = Decoding(max_new_tokens=max_new_tokens)
         used = cli.header_of({"model": model, "adapter": adapter}, network, longest)
