@@ -1,4 +1,4 @@
-"""What changes speed and never the method: packed weights, recorded passes, training attention, int8.
+"""What changes speed and never the method: prepacked weights for CPUs, recorded passes for CUDA.
 
     model = prepack(load(folder)[0])                           # CPUs: weights in oneDNN's order
     generate(model, prompts, decoding, RecordedPasses(model))  # CUDA: a pass is one launch
@@ -7,36 +7,19 @@
 """
 
 import math
-import shutil
-import sysconfig
 from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fastdllm import (
-    Decoding,
-    KVCache,
-    Linear,
-    Qwen2,
-    Window,
-    best_guesses,
-    causal_attention,
-    layout,
-    require,
-    round_up,
-    window_pass,
-)
+from fastdllm import PADDING, Decoding, KVCache, Qwen2, best_guesses, require, window_pass
 
 # --- Prepacked weights ---
 
 
-class PrepackedLinear(Linear):
+class PrepackedLinear(nn.Module):
     """A linear layer for inference on a CPU, with its weight in the order in which oneDNN's products read it.
 
     Otherwise oneDNN reorders the weight in every product, or uses a slower kernel. A weight below
@@ -46,16 +29,14 @@ class PrepackedLinear(Linear):
 
     SMALL_WEIGHT, FEW_ROWS = 2**18, 16
 
-    def __init__(self, linear: Linear):
-        nn.Module.__init__(self)
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
         weight = linear.weight.detach()
         self.plain = weight if weight.numel() < self.SMALL_WEIGHT else None
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.FEW_ROWS)
         self.bias = linear.bias
-        # the class attribute would hide a registered module, and the adapter is no part of the state dict
-        object.__setattr__(self, "adapter", linear.adapter)
 
-    def product(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.plain is not None and x.numel() < self.FEW_ROWS * x.shape[-1]:
             return F.linear(x, self.plain, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -69,17 +50,17 @@ def prepack(model: Qwen2) -> Qwen2:
     every product that was compared was the same to the bit. Where oneDNN or the dtype is missing, or on
     another device, the model comes back unchanged.
     """
-    if model.weight.device.type != "cpu" or model.prepacked:
+    if model.weight.device.type != "cpu":
         return model
     try:
-        trial = PrepackedLinear(model.model.layers[0].self_attn.k_proj)
-        trial(model.weight.new_zeros(PrepackedLinear.FEW_ROWS, model.config.hidden_size))
+        trial = PrepackedLinear(nn.Linear(64, 64, dtype=model.weight.dtype))
+        trial(model.weight.new_zeros(PrepackedLinear.FEW_ROWS, 64))
     except (AttributeError, RuntimeError):
         return model
+    # names, not layers, are listed, so that each plain weight is let go before the next one is packed
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name in [name for name, child in parent.named_children() if isinstance(child, Linear)]:
-            setattr(parent, name, PrepackedLinear(getattr(parent, name)))  # and the plain weight is let go
-    model.prepacked = True
+        for name in [name for name, child in parent.named_children() if isinstance(child, nn.Linear)]:
+            setattr(parent, name, PrepackedLinear(getattr(parent, name)))
     return model.requires_grad_(False)
 
 
@@ -99,7 +80,7 @@ def avoid_cudnn_attention() -> None:
 class Recorded(NamedTuple):
     """A pass as it is kept: tensors to fill before it runs, what runs it, and where its guesses appear."""
 
-    numbers: Tensor  # tokens, starts, cache rows, wanted outputs, causal ends, concatenated
+    numbers: Tensor  # tokens, what they see, starts, cache rows, wanted outputs, concatenated
     draws: Tensor
     replay: Callable[[], Tensor]
 
@@ -113,8 +94,10 @@ class RecordedPasses:
     Why a replay is safe: a graph runs the same kernels on the same addresses. Everything that differs between
     two passes of a shape (tokens, positions, rows, wanted outputs, random numbers) is copied into input
     tensors that the graph owns; everything else that it reads, weights and cache, keeps its place for as long
-    as the graph is kept. The cache is made here, and `claim` drops all graphs when it makes a new one.
-    Weights must not be moved or replaced after the first recording; then make a new object.
+    as the graph is kept. The cache is made here, and `claim` drops all graphs when it makes a new one. All
+    graphs share one pool of memory, so a replay overwrites what earlier ones left there, the last pass's
+    output too; `fastdllm.run_steps` has read it by then. Weights must not be moved or replaced after the
+    first recording; then make a new object.
 
     A shape is the number of rows (a power of 2), the window's width, and the number of slots read (a power of
     2 times READ_STEP). Padding rows write to a spare cache row that no prompt uses. With record=False the
@@ -161,54 +144,54 @@ class RecordedPasses:
         self,
         places: list[int],
         tokens: Tensor,
+        sees: Tensor,
         starts: list[int],
+        seen: int,
         outputs: list[int],
         draws: Tensor,
         decoding: Decoding,
         has_masks: bool,
-        causal: list[int] | None,
     ) -> Tensor:
-        """What `best_guesses` gives for `outputs`, indices into the flattened (B, T) of this pass."""
+        """What `best_guesses` gives for `outputs`, indices into the flattened (B, T) of this pass.
+
+        Arguments as in `fastdllm.run_steps`: row i lies at `places[i]` of the cache; tokens (B, T), sees
+        (B, T, 4) and draws are on the CPU; the first `seen` slots are read.
+        """
         B, T = 1 << (len(places) - 1).bit_length(), tokens.shape[1]  # rows, padded to a power of 2
-        N = B * (T if decoding.verify else min(T, decoding.sub_block_size))  # no pass guesses more
+        N = B * decoding.most_guesses(T)
         spare, pad = self.cache.k.shape[1] - 1, B - len(places)
-        in_order = places == list(range(B))
-        seen = self.slots_for(round_up(max(starts) + T, decoding.block_size))
+        in_order, seen = places == list(range(B)), self.slots_for(seen)
+        sees = torch.cat([sees.flatten(), torch.tensor(PADDING * (pad * T), dtype=torch.long)])
         numbers = [*starts, *[0] * pad, *places, *[spare] * pad, *outputs, *[0] * (N - len(outputs))]
-        numbers += [*causal, *[0] * pad] if causal else []
-        numbers = torch.cat([F.pad(tokens.flatten(), (0, pad * T)), torch.tensor(numbers)])
+        numbers = torch.cat([F.pad(tokens.flatten(), (0, pad * T)), sees, torch.tensor(numbers)])
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
-        options = decoding.block_size, decoding.temperature, decoding.top_p, decoding.runner_up
-        options += (decoding.verify, decoding.draft_width)
-        key = (B, T, N, len(numbers), seen, in_order, has_masks, *options)
+        shape = B, T, N, seen, in_order
+        key = shape, has_masks, type(decoding), decoding.temperature, decoding.top_p, decoding.top_k
         recorded = self.passes.pop(key, None)
         if recorded is None:
             while len(self.passes) >= self.MOST_GRAPHS:
                 del self.passes[next(iter(self.passes))]
-            recorded = self.prepare(numbers, draws, B, T, N, seen, in_order, decoding, has_masks)
+            recorded = self.prepare(numbers, draws, shape, decoding, has_masks)
         self.passes[key] = recorded  # now the last used one
         recorded.numbers.copy_(numbers, non_blocking=True)
         recorded.draws.copy_(draws, non_blocking=True)
         return recorded.replay()[: len(outputs)]
 
-    def prepare(self, numbers, draws, B, T, N, seen, in_order, decoding, has_masks) -> Recorded:
+    def prepare(
+        self, numbers: Tensor, draws: Tensor, shape: tuple, decoding: Decoding, has_masks: bool
+    ) -> Recorded:
         """Inputs on the device, and what runs a pass over them; numbers and draws as in `Recorded`."""
         model, cache, device = self.model, self.cache, self.model.weight.device
         inputs = numbers.to(device, copy=True), draws.to(device, copy=True)
+        B, T, N, seen, in_order = shape
 
         def run() -> Tensor:
-            sizes = [B * T, B, B, N]
-            tokens, starts, rows, outputs, ends = inputs[0].split([*sizes, len(numbers) - sum(sizes)])
-            tokens, starts, size = tokens.view(B, T), starts[:, None], decoding.block_size
-            ends = ends[:, None] if len(ends) else None  # of the causal queries
-            one_block = T < size or T == size and ends is None  # a commit may be one causal block
-            drafts = decoding.draft_width if decoding.verify and has_masks else None
-            mask_id = model.config.mask_token_id
-            slots, positions, mask = layout(tokens, starts, seen, size, one_block, mask_id, drafts, ends)
-            read = slice(B) if in_order else rows
-            window = Window(positions, (rows[:, None], slots), (read, slice(seen)), mask)
-            hidden = window_pass(model, cache, tokens, window, has_masks)
+            tokens, sees, starts, rows, outputs = inputs[0].split([B * T, B * T * 4, B, B, N])
+            slots = starts[:, None] + torch.arange(T, device=device)
+            write, read = (rows[:, None], slots), (slice(B) if in_order else rows, slice(0, seen))
+            tokens, sees = tokens.view(B, T), sees.view(B, T, 4)
+            hidden = window_pass(model, cache, tokens, sees, write, read, decoding, has_masks)
             return best_guesses(model, hidden.flatten(0, 1)[outputs], inputs[1], decoding)
 
         return Recorded(*inputs, self.capture(run, device) if self.record else run)
@@ -237,199 +220,3 @@ class RecordedPasses:
             return found
 
         return replay
-
-
-# --- Training attention ---
-# What `train.visibility` says, computed block by block, or by sparse tiles; the dense mask is in train.py.
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`grouped_attention` in plain products, with a bool mask (B or 1, T, S); backward it is fast on CPUs."""
-    B, H, T, d = q.shape
-    K = k.shape[1]  # query heads of one key head are more rows of the same product
-    scores = ((q * d**-0.5).reshape(B, K, -1, d) @ k.transpose(2, 3)).float()
-    if mask is not None:
-        unseen = ~mask[:, None, None]
-        scores = scores.view(B, K, -1, *mask.shape[1:]).masked_fill(unseen, -torch.inf).view_as(scores)
-    return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, T, d)
-
-
-def blockwise_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    clean_mask: Tensor | None,
-    noisy_mask: Tensor | None,
-    length: int,
-    block_size: int,
-    views: int,
-) -> Tensor:
-    """`train.training_mask` applied block by block, so that few queries meet a key that they cannot see.
-
-    clean_mask (B or 1, L, L): what a clean query sees of the clean copy. noisy_mask: the same of a noisy
-    query, where its own block is its view's. None: blocks alone decide. With n blocks this is about
-    (n + 1) / (2 n) / (views + 1) of the dense mask's work.
-    """
-    into_rows = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)
-    # (B * views, heads, L, d)
-    noisy_q, noisy_k, noisy_v = (into_rows(x) if views else None for x in (q, k, v))
-    clean_q, clean_k, clean_v = (x[:, :, -length:] for x in (q, k, v))
-    noisy, clean = [], []
-    for start in range(0, length, block_size):
-        own, end = slice(start, start + block_size), start + block_size
-        mask = None if clean_mask is None else clean_mask[:, own, :end]
-        clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end], mask))
-        if views:
-            earlier_k, earlier_v = (
-                x[:, :, :start].repeat_interleave(views, dim=0) for x in (clean_k, clean_v)
-            )
-            keys = torch.cat([earlier_k, noisy_k[:, :, own]], dim=2)
-            values = torch.cat([earlier_v, noisy_v[:, :, own]], dim=2)
-            mask = None if noisy_mask is None else noisy_mask[:, own, :end]
-            if mask is not None and len(mask) > 1:
-                mask = mask.repeat_interleave(views, dim=0)
-            noisy.append(plain_attention(noisy_q[:, :, own], keys, values, mask))
-    if views:
-        noisy = [torch.cat(noisy, dim=2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2, 3)]
-    return torch.cat(noisy + clean, dim=2)
-
-
-@cache
-def compiled_flex() -> Callable:
-    """One kernel per shape; gradients or none, views, and kinds of loss make a dozen shapes."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
-    """FlexAttention: tiles of the mask in which nothing is seen are skipped."""
-    kernel = compiled_flex() if q.is_cuda else flex_attention  # not compiled it is a dense reference
-    return kernel(q.to(v.dtype), k.to(v.dtype), v, block_mask=block_mask, enable_gqa=True)
-
-
-def sparse_mask(sees: Callable, rows: int | None, side: int, device: torch.device) -> BlockMask:
-    """FlexAttention's form of `sees(row, head, query, key)`: which tiles are seen in part, which whole.
-
-    rows: None where all rows share it. Memory holds 128 queries at a time; torch's own function writes out
-    the mask of all queries and keys.
-    """
-    tile, index = 128, torch.arange(side, device=device)
-    row = None if rows is None else torch.arange(rows, device=device)[:, None, None]
-    tiles, some, every = math.ceil(side / tile), [], []
-    for queries in index.split(tile):
-        seen = sees(row, None, queries[:, None], index).view(-1, len(queries), side)
-        seen = F.pad(seen, (0, tiles * tile - side, 0, tile - len(queries))).unflatten(2, (tiles, tile))
-        some.append(seen.any(3).any(1))
-        every.append(seen.all(3).all(1))
-    some, every = (torch.stack(parts, dim=1)[:, None] for parts in (some, every))  # (B or 1, 1, tiles, tiles)
-    order = partial(torch.argsort, descending=True, stable=True)  # those that are seen come first
-    listed = lambda which: (which.sum(-1, dtype=torch.int32), order(which.int()).int())
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~every), *listed(every), BLOCK_SIZE=tile, mask_mod=sees, seq_lengths=(side, side)
-    )
-
-
-# --- Int8 training ---
-# Where only an adapter trains, products with frozen weights may be rounded, and so may the gradients that
-# pass through them: many CPUs multiply int8 several times as fast as float32 or bfloat16. Scales are per
-# position and per channel. The adapter's own products stay exact, and so do passes over known tokens.
-# Held-out figures of such a training come from int8 products too.
-
-
-def int8_is_fast() -> bool:
-    """Whether this CPU multiplies int8 in hardware (VNNI); without it int8 products are a plain loop.
-
-    Measured on 320 rows and one core: 710 GFLOP/s with VNNI, where float32 has 165; without it 3, where
-    float32 has 70 to 85.
-    """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot tell
-    return bool(capabilities.get("avx512_vnni"))
-
-
-def to_levels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, K) as int8 levels, and each row's scale (N, 1): x is about levels * scale."""
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
-    levels = (x * (1 / scale)).round().clamp(-127, 127)  # in bfloat16 the largest may round to 128
-    return levels.to(torch.int8), scale
-
-
-# compiling needs a compiler and Python's headers; else they run as they are, several times as slow
-can_compile = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
-fused = partial(torch.compile, dynamic=True) if can_compile else lambda f: f
-to_levels_fast = fused(to_levels)
-
-
-@fused
-def balanced_levels(x: Tensor, balance: Tensor) -> tuple[Tensor, Tensor]:
-    return to_levels(x * balance)
-
-
-@fused
-def from_levels(y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return y.float() * rows * columns
-
-
-class Int8Product(torch.autograd.Function):
-    """x W^T in int8, and in its backward pass dy W; W has no gradient."""
-
-    @staticmethod
-    def forward(ctx, x, linear):
-        ctx.linear = linear
-        levels, scale = balanced_levels(x.flatten(0, -2), linear.balance)
-        y = from_levels(torch._int_mm(levels, linear.levels.t()), scale, linear.scale)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, dy):
-        linear = ctx.linear
-        levels, scale = to_levels_fast(dy.flatten(0, -2))
-        dx = from_levels(torch._int_mm(levels, linear.back_levels.t()), scale, linear.back_scale)
-        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None
-
-
-class Int8Linear(Linear):
-    """A frozen linear layer. Its product is int8 in passes with an adapter, and exact in other passes."""
-
-    def __init__(self, linear: Linear, largest: Tensor):
-        """largest (K): each channel's largest share of its position's largest |input|.
-
-        Channels of large inputs are shrunk and their weights grow, so that both round well (SmoothQuant).
-        """
-        nn.Module.__init__(self)
-        self.weight, self.bias = linear.weight, linear.bias
-        object.__setattr__(self, "adapter", linear.adapter)  # no part of the model's state
-        weight = linear.weight.detach().float()
-        root = (largest.clamp_min(1e-5) / weight.abs().amax(dim=0).clamp_min(1e-5)).sqrt()
-        self.balance = 1 / root
-        self.levels, scale = to_levels(weight * root)
-        self.back_levels, back_scale = to_levels(weight.t().contiguous())
-        self.scale, self.back_scale = scale.flatten(), back_scale.flatten()
-
-    def forward(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
-        if masked is None:
-            return F.linear(x, self.weight, self.bias)
-        y = Int8Product.apply(x, self)
-        y = y if self.bias is None else y + self.bias
-        return y + self.adapter(x, masked)
-
-
-@torch.no_grad()
-def to_int8(model: Qwen2, documents: list[Tensor]) -> None:
-    """Make the layers of a frozen model `Int8Linear`, in place; documents (T) show what inputs they get."""
-    largest = {}
-
-    def look(layer, inputs):
-        x = inputs[0].flatten(0, -2)
-        now = (x / x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)).abs().amax(dim=0)
-        largest[layer] = torch.maximum(largest.get(layer, now), now)
-
-    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, Linear)]
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    for tokens in documents:
-        model(tokens[None], torch.arange(len(tokens))[None], causal_attention)
-    for hook in hooks:
-        hook.remove()
-    for parent in list(model.model.layers.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Linear):
-                setattr(parent, name, Int8Linear(child, largest[child]))

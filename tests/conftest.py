@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny"), str(Path(__file__).parent)]
 
 import golden_checkpoints  # noqa: E402
 
-from fastdllm import load  # noqa: E402
+from checkpoint import load  # noqa: E402
 
 
 def golden(name: str) -> dict:

@@ -1,52 +1,51 @@
 """fast.py: prepacked weights and recorded passes change no token."""
 
 import gc
+import math
 import platform
 import random
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import golden
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from windows import causal_attend, decoding_of, prompt_of, run_window
 
-import fastdllm
+from checkpoint import load, save
 from fast import PrepackedLinear, RecordedPasses, prepack
 from fastdllm import (
     Config,
     Decoding,
     InputError,
     KVCache,
-    Linear,
     Qwen2,
     attention_bias,
-    causal_attention,
     decode,
     generate,
     grouped_attention,
-    run_window,
 )
+from verify import Verified, adapter_tensors, add_adapter
 
 CASES = golden("generate")["cases"]
 
 
-def options(case, **changes):
-    names = ["block_size", "sub_block_size", "threshold", "cache", "max_new_tokens", "stop_token_ids"]
-    return Decoding(**{name: case[name] for name in names if name in case} | changes)
+def is_prepacked(model: Qwen2) -> bool:
+    return isinstance(model.lm_head, PrepackedLinear)
 
 
 def random_model(dtype: torch.dtype) -> Qwen2:
     return Qwen2(Config(64, 32, 48, 1, 4, 2, 8, 128, block_size=8, mask_token_id=63)).to(dtype)
 
 
-def prompt_of(rng, length, top=280):
-    return [rng.randrange(top) for _ in range(length)]
-
-
 # --- Prepacked weights ---
 
 WORKS = {
-    dtype: prepack(random_model(getattr(torch, dtype))).prepacked
+    dtype: is_prepacked(prepack(random_model(getattr(torch, dtype))))
     for dtype in ("float32", "bfloat16", "float16")
 }
 needs_onednn = pytest.mark.skipif(not WORKS["float32"], reason="oneDNN is not in this build of torch")
@@ -54,14 +53,14 @@ needs_onednn = pytest.mark.skipif(not WORKS["float32"], reason="oneDNN is not in
 
 @pytest.fixture(scope="module")
 def packed_models(folders) -> dict:
-    return {name: prepack(fastdllm.load(folder, "cpu")[0]) for name, folder in folders.items()}
+    return {name: prepack(load(folder, "cpu")[0]) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("few", [1, PrepackedLinear.FEW_ROWS])  # 1: no product is plain
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["id"])
 def test_prepacked_weights_give_golden_tokens(packed_models, monkeypatch, case, few):
     monkeypatch.setattr(PrepackedLinear, "FEW_ROWS", few)
-    [result] = generate(packed_models[case["checkpoint"]], [case["prompt"]], options(case))
+    [result] = generate(packed_models[case["checkpoint"]], [case["prompt"]], decoding_of(case))
     assert result.tokens == case["tokens"]
 
 
@@ -70,7 +69,7 @@ def test_prepacked_weights_give_golden_tokens(packed_models, monkeypatch, case, 
 def test_prepacked_products_are_the_plain_ones(dtype, rng):
     if not WORKS[dtype]:
         pytest.skip(f"oneDNN knows no {dtype} here")
-    linear = Linear(640, 420).to(getattr(torch, dtype))
+    linear = torch.nn.Linear(640, 420).to(getattr(torch, dtype))
     x = torch.randn(2, 37, 640, generator=rng).to(linear.weight.dtype)
     near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     for rows in (1, 5, 37):
@@ -95,7 +94,7 @@ def test_float32_is_prepacked_where_torch_has_onednn():
 
 @needs_onednn
 def test_prepacking_holds_large_weights_once(folders, monkeypatch):
-    model, _ = fastdllm.load(folders["tied"], "cpu")
+    model, _ = load(folders["tied"], "cpu")
     weights = [weakref.ref(p) for p in model.parameters() if p.dim() == 2 and p is not model.weight]
     alive, make = [], PrepackedLinear.__init__
     monkeypatch.setattr(PrepackedLinear, "SMALL_WEIGHT", 0)
@@ -113,23 +112,23 @@ def test_prepacking_holds_large_weights_once(folders, monkeypatch):
 
 @needs_onednn
 def test_a_prepacked_model_is_neither_saved_nor_trained(folders, tmp_path):
-    model = prepack(fastdllm.load(folders["tied"], "cpu")[0])
-    with pytest.raises(InputError, match="save it before"):
-        fastdllm.save(model, None, tmp_path / "new")
+    model = prepack(load(folders["tied"], "cpu")[0])
+    with pytest.raises(InputError, match="prepacked weights cannot be saved"):
+        save(model, None, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(RuntimeError, match="grad"):
-        model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], causal_attention).sum().backward()
+        model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], causal_attend).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])  # a processor may know them or not
 def test_prepacking_serves_every_dtype(folders, dtype):
-    model, _ = fastdllm.load(folders["untied"], "cpu", dtype)
+    model, _ = load(folders["untied"], "cpu", dtype)
     [result] = generate(prepack(model), [[5, 6, 7]], Decoding(8, max_new_tokens=20, stop_token_ids=()))
     assert len(result.tokens) == 20
 
 
 def test_without_onednn_prepacking_leaves_the_model_as_it_was(folders, monkeypatch):
-    model, _ = fastdllm.load(folders["tied"], "cpu")
+    model, _ = load(folders["tied"], "cpu")
     modules = list(model.modules())
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert list(prepack(model).modules()) == modules
@@ -138,41 +137,113 @@ def test_without_onednn_prepacking_leaves_the_model_as_it_was(folders, monkeypat
 # --- Recorded passes ---
 
 
-@pytest.mark.parametrize("cache", ["block", "dual"])
-@pytest.mark.parametrize("size, sub, more", [
-    (8, 4, {}), (8, 2, {"fuse_commit": True}), (1, 1, {}), (1, 1, {"verify": True, "draft_width": 5}),
-    (1, 1, {"verify": True, "draft_width": 4, "draft_ahead": True}),
-])  # fmt: skip
-@pytest.mark.parametrize("clean", ["block", "causal"])
-def test_recorded_passes_give_the_tokens_of_eager_ones(
-    folders, monkeypatch, device, cache, size, sub, more, clean
+class PretendedGraph:
+    """A CUDA graph without CUDA: a replay makes the recorded calls again, on the tensors that they had.
+
+    It first spoils what all graphs of its pool have made. So a replay that reads more than its inputs and what
+    it has computed itself gives NaN, or another answer, and so does a result that is read too late.
+    """
+
+    def __init__(self):
+        self.calls, self.made, self.shared = [], [], None
+
+    def pool(self) -> weakref.WeakSet:
+        return self.shared
+
+    def replay(self) -> None:
+        for tensor in (tensor for graph in self.shared for tensor in graph.made):
+            tensor.fill_(math.nan if tensor.is_floating_point() else 10**9)
+        for function, given, results in self.calls:
+            for old, new in zip(results, tensors_in(function(*given[0], **given[1]))):
+                if old.data_ptr() != new.data_ptr():  # else it is a view, or was written in place
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """`torch.cuda.graph`, pretended: keeps the calls that run inside, and what they make."""
+
+    ROOM = math.inf  # after so many calls memory ends
+
+    def __init__(self, graph: PretendedGraph, pool: weakref.WeakSet | None, **_):
+        super().__init__()
+        self.graph, graph.shared = graph, weakref.WeakSet() if pool is None else pool
+        graph.shared.add(graph)
+
+    def __torch_dispatch__(self, function, types, args=(), named=None):
+        if len(self.graph.calls) >= self.ROOM:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        given = args, named or {}
+        found = function(*given[0], **given[1])
+        results, there = tensors_in(found), {storage_of(tensor) for tensor in tensors_in(given)}
+        self.graph.made += [tensor for tensor in results if storage_of(tensor) not in there]
+        self.graph.calls.append((function, given, results))
+        return found
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def adapted(folders, monkeypatch, device):
+    """A golden model with a random adapter, where passes can be recorded: on a CPU, graphs are pretended."""
+    monkeypatch.setattr(RecordedPasses, "READ_STEP", 64)  # so that one run meets several lengths
+    if device == "cpu":
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        pretended = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext}
+        pretended |= {"device": nullcontext, "CUDAGraph": PretendedGraph, "graph": Recording}
+        for name, value in pretended.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+    model, _ = load(folders["untied"], device)
+    add_adapter(model, 4, 8.0)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in adapter_tensors(model).values():
+        tensor.data.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+DECODERS = (
+    Decoding(1), Decoding(8, 8, 0.6), Decoding(8, 4, 0.6), Decoding(8, 2, 0.6, "dual"),
+    Verified(draft_width=4), Verified(draft_width=4, draft_ahead=True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("most, temperature", [(256, 0.0), (2, 0.8)])
+def test_recorded_passes_give_the_tokens_of_eager_ones(adapted, monkeypatch, most, temperature):
+    """One object for all decodings, of one prompt and of rows of unlike lengths; many graphs are kept, or few."""
+    monkeypatch.setattr(RecordedPasses, "MOST_GRAPHS", most)
+    prompts = [prompt_of(random.Random(n), 3 + 15 * n) for n in range(5)]  # of which 3 share a pass
+    more = {"max_new_tokens": 20, "temperature": temperature, "top_p": 0.9, "seed": 3, "batch_size": 3}
+    recorded = RecordedPasses(adapted)
+    for some in (prompts[:1], prompts):
+        for knobs in (replace(decoder, **more) for decoder in DECODERS):
+            assert generate(adapted, some, knobs, recorded) == generate(adapted, some, knobs), knobs
+            assert 0 < len(recorded.passes) <= most  # they ran
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_when_memory_ends_in_a_recording_the_caller_hears_of_it_and_the_next_decoding_works(
+    adapted, monkeypatch
 ):
-    if "verify" in more and cache == "dual":
-        pytest.skip("verification has no DualCache")
-    model, _ = fastdllm.load(folders["untied"], device)
-    model.config = replace(model.config, clean=clean)
-    monkeypatch.setattr(RecordedPasses, "READ_STEP", 16)  # so that one run meets several lengths
-    for temperature, prompts in (0.0, 1), (0.0, 7), (0.8, 5):
-        prompts = [prompt_of(random.Random(n), 3 + 5 * n) for n in range(prompts)]
-        knobs = Decoding(size, sub, 0.6, cache, 24, temperature, 0.9, seed=3, batch_size=3, **more)
-        recorded = RecordedPasses(model, record=device == "cuda")
-        assert generate(model, prompts, knobs, recorded) == generate(model, prompts, knobs)
-        assert recorded.passes  # they ran
-
-
-def test_recorded_passes_tell_drafts_of_other_widths_apart(shipped):
-    """A draft of 8 masks, and a verification of 2 drafts with 2 masks after each token, are both 9 tokens wide."""
-    model, tokenizer = shipped
-    question = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
-    prompt = tokenizer.chat([{"role": "user", "content": question}])
-    recorded = RecordedPasses(model, record=False)
-    for width, ahead in (8, False), (2, True), (8, False):
-        knobs = Decoding(verify=True, draft_width=width, draft_ahead=ahead)
-        assert generate(model, [prompt], knobs, recorded) == generate(model, [prompt], knobs)
+    recorded, prompts = RecordedPasses(adapted), [prompt_of(random.Random(n), 9 + n) for n in range(3)]
+    for calls, temperature in (
+        (0, 0.0),
+        (60, 0.8),
+    ):  # before there is any graph, and in the middle of a later one
+        knobs = Verified(max_new_tokens=20, temperature=temperature, seed=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Recording, "ROOM", calls)
+            with pytest.raises(torch.OutOfMemoryError):
+                generate(adapted, prompts, knobs, recorded)
+        assert generate(adapted, prompts, knobs, recorded) == generate(adapted, prompts, knobs)
 
 
 def test_recorded_passes_serve_one_decoding_at_a_time_and_one_model(folders):
-    model, _ = fastdllm.load(folders["untied"], "cpu")
+    model, _ = load(folders["untied"], "cpu")
     recorded, prompt = RecordedPasses(model, record=False), prompt_of(random.Random(1), 19)
     knobs = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=())
     first = decode(model, [prompt], knobs, recorded=recorded)
@@ -181,13 +252,13 @@ def test_recorded_passes_serve_one_decoding_at_a_time_and_one_model(folders):
         generate(model, [prompt], knobs, recorded)
     first.close()  # broken off: the next one may have them
     assert generate(model, [prompt], knobs, recorded) == generate(model, [prompt], knobs)
-    other, _ = fastdllm.load(folders["untied"], "cpu")
+    other, _ = load(folders["untied"], "cpu")
     with pytest.raises(InputError, match="another model"):
         generate(other, [prompt], knobs, recorded)
 
 
 def test_recorded_passes_outlast_unlike_requests(folders):
-    model, _ = fastdllm.load(folders["untied"], "cpu")
+    model, _ = load(folders["untied"], "cpu")
     recorded, prompt = RecordedPasses(model, record=False), prompt_of(random.Random(1), 19)
     recorded.MOST_GRAPHS = 4
     knobs = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=(), batch_size=4)
@@ -216,10 +287,10 @@ def test_groups_of_heads_equal_repeated_keys(device, monkeypatch, transposed, rn
     turned = lambda *given, **how: kernel(*given, **how).transpose(1, 2).contiguous().transpose(1, 2)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", turned if transposed else kernel)
     q, k, v = (torch.randn(2, heads, 5, 16, generator=rng).to(device) for heads in (6, 2, 2))
-    one, each = (torch.rand(2, 1, queries, 5, generator=rng) < 0.7 for queries in (1, 5))
-    one[..., 0] = each[..., 0] = True
-    for mask in (None, one.to(device), each.to(device)):
-        bias = lambda groups, mask=mask: mask if mask is None else attention_bias(mask[:, 0], groups, q.dtype)
+    seen = torch.rand(2, 5, 5, generator=rng) < 0.7
+    seen[..., 0] = True
+    for mask in (None, seen.to(device)):
+        bias = lambda groups, mask=mask: mask if mask is None else attention_bias(mask, groups, q.dtype)
         whole = grouped_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias(1))
         torch.testing.assert_close(grouped_attention(q, k, v, bias(3)), whole, atol=1e-5, rtol=1e-4)
 
@@ -228,7 +299,7 @@ def test_groups_of_heads_equal_repeated_keys(device, monkeypatch, transposed, rn
 def test_cuda_logits_are_those_of_the_cpu(folders, device, dtype):
     tokens, outputs = torch.arange(48)[None], []
     for where, precision in (("cpu", "float32"), (device, dtype)):
-        model, _ = fastdllm.load(folders["untied"], where, precision)
+        model, _ = load(folders["untied"], where, precision)
         with torch.inference_mode():
             cache = KVCache(model.config, 1, 48, model.lm_head.weight)
             outputs.append(model.logits(run_window(model, tokens.to(where), [0], cache, 8)).float().cpu())

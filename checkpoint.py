@@ -1,0 +1,604 @@
+"""Checkpoints in the published format: config.json, tokenizer and chat template, safetensors weights.
+
+    model, tokenizer = load("tiny/checkpoint")  # a folder, or a Hub id like owner/name
+    prompt = tokenizer.chat([{"role": "user", "content": "..."}])
+
+`load` gives what `fastdllm.py` decodes with, and `save` writes it back. Every Qwen2 loads, adapted or not;
+what is none is refused by its name before its weights are fetched. A chat is written by the checkpoint's
+own template. The two files work when copied alone.
+"""
+
+import json
+import os
+import re
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from jinja2 import Template, TemplateError, nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Encoder
+from torch import Tensor, nn
+
+from fastdllm import Config, InputError, Qwen2, require
+
+
+def brief(text: object) -> str:
+    """One line of at most 200 characters, for foreign text in a message."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+# --- Chat template ---
+# Templates are Jinja programs that come with a checkpoint. They see the conversation, never the machine.
+
+# where the files have none; the default message is that of the published tokenizers
+CHATML = """
+{%- for m in messages %}
+{%- if tools or m.tool_calls or m.reasoning_content or m.role not in ['system', 'user', 'assistant'] %}
+{{- raise_exception('without a template of its own, only plain turns of system, user and assistant work') }}
+{%- endif %}
+{%- if loop.first and m.role != 'system' %}
+{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
+{%- endif %}
+{{- '<|im_start|>' ~ m.role ~ '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+MAX_TEXT = 2**24  # characters of a rendered conversation, several times what the longest context holds
+MAX_STEPS = 2**20  # calls and turns of loops in one rendering: seconds
+
+
+class Generation(Extension):
+    """`{% generation %}` ... `{% endgeneration %}`: templates mark answers so; the text is as without."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+class CountedLoops(CodeGenerator):
+    """Every `{% for %}` takes its items from `Sandbox.counted`."""
+
+    def visit_For(self, node, frame):
+        node.iter = nodes.Call(nodes.EnvironmentAttribute("counted"), [node.iter], [], None, None)
+        super().visit_For(node, frame)
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja as chat templates expect it, and bounded: what is not data is refused, and loops end."""
+
+    code_generator_class = CountedLoops
+
+    def __init__(self):
+        extensions = [loopcontrols, Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.writable)
+        self.filters["tojson"] = self.to_json
+        del self.globals["lipsum"]  # it would write without end
+        self.globals["raise_exception"] = self.fail
+        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.steps = 0
+
+    def fail(self, message: str) -> None:
+        raise TemplateError(message)
+
+    def writable(self, value):
+        if value is None:  # it would become the word None
+            self.fail("it writes a null, such as a content, as text")
+        return value
+
+    def to_json(self, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # Jinja's own filter escapes HTML, which would change the text
+        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            self.fail(f"it does not end within {MAX_STEPS:,} steps")
+
+    def counted(self, items: Iterable) -> Iterator:
+        for item in items:
+            self.step()
+            yield item
+
+    def call(self, *args, **options):
+        self.step()
+        return super().call(*args, **options)
+
+    def unsafe_undefined(self, obj, attribute):
+        self.fail(f"{attribute!r} of a {type(obj).__name__} is outside what a template may use")
+
+
+SANDBOX = Sandbox()
+
+
+@lru_cache(maxsize=8)
+def compile_template(template: str) -> Template:
+    return SANDBOX.from_string(template)
+
+
+def render_template(template: str, variables: dict) -> str:
+    """Raises InputError with the template's own message where it is broken, raises, or does not end."""
+    pieces, length, SANDBOX.steps = [], 0, 0
+    try:
+        for piece in compile_template(template).generate(variables):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_TEXT:
+                SANDBOX.fail(f"it writes more than {MAX_TEXT:,} characters")
+    except Exception as error:  # a template may raise anything
+        reason = brief(error).rstrip(".") or type(error).__name__
+        raise InputError(f"The chat template cannot write this conversation: {reason}.") from None
+    return "".join(pieces)
+
+
+# --- Tokenizer ---
+
+# how Qwen2 splits text into words before byte-pair encoding
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TOKENIZER_FILES = (
+    "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json special_tokens_map.json "
+    "chat_template.jinja"
+).split()
+MASK = "|<MASK>|"
+
+
+def call_tokenizer(problem: str, function: Callable, *args, **options):
+    """`function`'s result. Raises InputError with `problem` where the tokenizers library fails."""
+    try:
+        return function(*args, **options)
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+        raise InputError(f"{problem}: {brief(repr(error))}") from None
+
+
+class Tokenizer:
+    """Text to token ids and back, and chats by the checkpoint's own template."""
+
+    def __init__(self, encoder: Encoder, files: dict[str, bytes]):
+        self.encoder = encoder
+        self.files = files  # contents by name, so that `save` can copy the tokenizer
+        self.size = max(encoder.get_vocab().values(), default=-1) + 1  # the largest id plus 1
+        settings = read_settings(files)
+        # variables of a template
+        self.special = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
+        self.templates, self.template_source = {}, "none"  # the templates by name
+        if template := files.get("chat_template.jinja", b"").decode() or settings.get("chat_template"):
+            named = template if isinstance(template, list) else [{"name": "default", "template": template}]
+            self.templates = {entry["name"]: entry["template"] for entry in named}
+            names = ("chat_template.jinja", "tokenizer_config.json")
+            self.template_source = next(name for name in names if name in files)
+        elif None not in (self.id("<|im_start|>"), self.id("<|im_end|>")):
+            self.templates, self.template_source = {"default": CHATML}, "ChatML (no template in the files)"
+        self.template = self.templates.get("default")
+
+    def id(self, token: str) -> int | None:
+        return self.encoder.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens in the text are recognised. Raises InputError for invalid text."""
+        valid = text.isascii() or text.encode(errors="ignore").decode() == text
+        require(valid, f"No valid Unicode text: {brief(ascii(text))}.")
+        return call_tokenizer("Cannot encode text", self.encoder.encode, text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def chat(
+        self, messages: Sequence[dict], tools: list | None = None, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of `render`'s text, and of nothing else. Raises InputError as `render` and `encode`."""
+        return self.encode(self.render(messages, tools, add_generation_prompt))
+
+    def render(
+        self, messages: Sequence[dict], tools: list | None = None, add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the checkpoint's template writes it, up to where the assistant's turn begins.
+
+        Messages have `role`, `content` and whatever else the template reads; a null is as if left out, but
+        for `content`. Raises InputError where there is no template, or where it fails.
+        """
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        template, problem = self.templates.get(name), "The checkpoint has no chat template, so it cannot chat"
+        require(template, f"{problem}; --raw continues a text as it is.")
+        require(not tools or "tools" in template, "The checkpoint's chat template has no place for tools.")
+        kept = lambda key, value: value is not None or key == "content"
+        messages = [{k: v for k, v in message.items() if kept(k, v)} for message in messages]
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        return render_template(template, self.special | given)
+
+    def default_system(self) -> str | None:
+        """The system message that the template writes where a chat has none."""
+        system = {"role": "system", "content": "A SYSTEM MESSAGE"}
+        user = {"role": "user", "content": "A USER MESSAGE"}
+        try:
+            before, _, after = self.render([system, user]).partition("A SYSTEM MESSAGE")
+            text = self.render([user])
+        except InputError:  # no template, or one that takes no such chat
+            return None
+        # the default stands between what surrounds a message that is given
+        if not (after and text.startswith(before) and text.endswith(after)):
+            return None
+        return text[len(before) : len(text) - len(after)] or None
+
+    def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
+        """Text of ids that arrive in chunks; a character is yielded as soon as its last byte has arrived."""
+        stream, ids, written = decoders.DecodeStream(skip_special_tokens=True), [], 0
+        for chunk in chunks:
+            ids += chunk
+            text = "".join(stream.step(self.encoder, i) or "" for i in chunk)
+            written += len(text)
+            yield text
+        yield self.decode(ids)[written:]  # bytes that never became a character
+
+
+def read_settings(files: dict[str, bytes]) -> dict:
+    """What tokenizer_config.json says, and special_tokens_map.json where it says nothing; tokens as text."""
+    text = lambda token: token["content"] if isinstance(token, dict) and "content" in token else token
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        own = json.loads(files.get(name, b"{}")).items()
+        settings |= {key: text(value) for key, value in own if value is not None}
+    settings["additional_special_tokens"] = [*map(text, settings.get("additional_special_tokens", []))]
+    return settings
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """From `tokenizer.json`, or `vocab.json` and `merges.txt`, with added tokens of `tokenizer_config.json`
+    or `added_tokens.json`. Raises InputError for missing, damaged or contradictory files."""
+    folder = Path(folder)
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    complete = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()
+    require(complete, f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, must be there.")
+    return call_tokenizer(f"{folder}: the tokenizer files cannot be read", build_tokenizer, folder, files)
+
+
+def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
+    settings, listed = read_settings(files), {}  # id -> added token
+    flagged = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
+    if "added_tokens.json" in files and not flagged:  # it does not say which ones are special
+        named = [value for key, value in settings.items() if key.endswith("_token")]
+        named += [MASK, *settings["additional_special_tokens"]]
+        for text, i in json.loads(files["added_tokens.json"]).items():
+            shaped = re.fullmatch(r"<\|.*\|>", text) is not None  # as in Qwen's own tokenizer
+            listed[i] = {"content": text, "special": shaped or text in named}
+    if "tokenizer.json" in files:
+        encoder = Encoder.from_buffer(files["tokenizer.json"])
+        encoder.no_truncation()
+        encoder.no_padding()
+        own = json.loads(files["tokenizer.json"]).get("added_tokens", [])
+        listed |= {entry["id"]: entry for entry in own}
+    else:
+        encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        encoder.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        encoder.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+        encoder.decoder = decoders.ByteLevel()
+    for i, entry in sorted((listed | flagged).items()):
+        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+        token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
+        add = encoder.add_special_tokens if token.special else encoder.add_tokens
+        add([token])
+        got = encoder.token_to_id(token.content)  # the library numbers tokens itself and ignores listed ids
+        what = f"added token {token.content!r:.100}"
+        require(got == i, f"{folder}: {what} is listed as id {i} but becomes {got}.")
+    return Tokenizer(encoder, files)
+
+
+# --- Load and save ---
+
+NAMES = list(Config.__annotations__)
+SAME_KEYS = NAMES[: NAMES.index("block_size")]  # fields that config.json has under the same names
+SIZES = NAMES[: NAMES.index("rms_norm_eps")]
+KINDS = ("qwen2", "Fast_dLLM_Qwen")
+INDEX = "model.safetensors.index.json"  # tensor name -> file, for weights in several files
+HUB_ERRORS = {
+    "LocalEntryNotFoundError": "no network",
+    "RepositoryNotFoundError": "there is none of this name, or it is private",
+    "GatedRepoError": "its terms must be accepted there, then `hf auth login` helps",
+}
+LONG, TRAINED = "dual_chunk_attention_config", "original_max_position_embeddings"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's object. Raises InputError for a missing or invalid file."""
+    require(path.is_file(), f"{path.parent}: {path.name} is missing.")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {brief(error)}") from None
+    require(isinstance(content, dict), f"{path}: must hold one JSON object.")
+    return content
+
+
+def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | None = None) -> Path:
+    """The folder `path`, or of a Hub id the download: `files`, else a checkpoint with `weights` or not.
+
+    A checkpoint's config.json is fetched and judged before the rest. Raises InputError for no such place.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
+    kind = "an adapter's" if files else "a checkpoint's"
+    advice = f"give {kind} folder, or a Hub id like owner/name where there is no folder named owner"
+    require(hub_id, f"{brief(path)}: no such folder; {advice}.")
+    from huggingface_hub import logging, snapshot_download  # only needed here
+
+    logging.set_verbosity_error()  # a failure is said once, below
+    download = lambda names: Path(snapshot_download(str(path), allow_patterns=names))
+    try:
+        if files:
+            return download(files)
+        parse_config(read_json(download(["config.json"]) / "config.json"))
+        small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
+        folder = download(small)  # with the index, which names the weight files
+        return download([*small, *shards(folder)]) if weights else folder
+    except InputError:
+        raise
+    except Exception as error:  # no network, no such repository, no space
+        reason = HUB_ERRORS.get(type(error).__name__) or brief(error) or type(error).__name__
+        raise InputError(
+            f"{path}: no such folder, and not reachable as a Hub id ({reason}); where there is a network, "
+            f"`hf download {path} --local-dir FOLDER` fetches it, then give FOLDER."
+        ) from None
+
+
+def shards(folder: Path) -> list[str]:
+    """Names of the checkpoint's weight files. Raises InputError for an index that names anything else."""
+    if not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    index = read_json(folder / INDEX).get("weight_map")
+    # a download reads the names as patterns, so only plain names are allowed
+    plain = lambda name: isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
+    ok = isinstance(index, dict) and index and all(map(plain, index.values()))
+    require(ok, f"{folder / INDEX}: weight_map must name .safetensors files of the same folder.")
+    return sorted(set(index.values()))
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes by name in a safetensors file. Raises InputError for damage, and for dtypes not in `DTYPES`."""
+    require(path.is_file(), f"{path.parent}: {path.name} is missing.")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            parts = {name: weights.get_slice(name) for name in weights.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or no safetensors file: {brief(error)}") from None
+    for name, part in parts.items():
+        ok = part.get_dtype() in ("F32", "BF16", "F16")
+        require(ok, f"{path.name}: {brief(name)} is {part.get_dtype()}, only F32, BF16 and F16 are loaded.")
+    return {name: part.get_shape() for name, part in parts.items()}
+
+
+def pick_device(device: str) -> str:
+    """The device, with "auto" resolved. Raises InputError for one that is not available."""
+    there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    device = there[0] if device == "auto" else str(device)
+    try:
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
+    except (RuntimeError, AssertionError, ImportError):  # an unknown name, or what this build of torch lacks
+        raise InputError(f"device {device!r} is not available here, only {', '.join(there)}.") from None
+    return device
+
+
+is_integer = lambda low: lambda x: type(x) is int and low <= x < 2**31
+is_number = lambda low, high: lambda x: type(x) in (int, float) and low <= x <= high
+is_plain = lambda x: isinstance(x, dict) and x.get("rope_type", x.get("type", "default")) == "default"
+as_list = lambda x: x if isinstance(x, list) else [] if x is None else [x]
+
+# key of config.json -> whether a value is valid, and what it must be
+RULES: dict[str, tuple[Callable, str]] = {
+    **dict.fromkeys([*SIZES, "bd_size"], (is_integer(1), "a positive integer below 2**31")),
+    "rms_norm_eps": (is_number(0, 1), "a number from 0 to 1"),
+    "rope_theta": (is_number(1, 1e12), "a number from 1 to 1e12"),
+    "tie_word_embeddings": (lambda x: type(x) is bool, "true or false"),
+    "mask_token_id": (is_integer(0), "a token id"),
+    "architectures": (lambda x: any("ForCausalLM" in name for name in as_list(x)), "a language model's"),
+    "clean": (lambda x: x == "block", "block: finished blocks always see themselves whole"),
+    "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
+    "hidden_act": (lambda x: x == "silu", "silu"),
+    "rope_scaling": (is_plain, "null: scaled rotary positions are not built"),
+    "rope_parameters": (is_plain, "of rope_type default: rope_scaling is not built"),
+    "use_sliding_window": (lambda x: x is False, "false: sliding windows are not built"),
+    "layer_types": (lambda x: all(kind == "full_attention" for kind in as_list(x)), "full_attention"),
+    LONG: (lambda x: isinstance(x, dict) and is_integer(1)(x.get(TRAINED)), f"an object with {TRAINED}"),
+}
+
+
+def parse_config(raw: dict) -> Config:
+    """From the contents of `config.json`. Raises InputError for invalid values and for what is not built."""
+    kind, quantised = raw.get("model_type"), raw.get("quantization_config")
+    problem = f"model_type is {reprlib.repr(kind)}, which is no Qwen2"
+    require(kind in KINDS, f"config.json: {problem}; {' and '.join(KINDS)} work.")
+    method = quantised.get("quant_method", "no name") if isinstance(quantised, dict) else quantised
+    problem = f"the weights are quantised ({reprlib.repr(method)})"
+    advice = "dequantise them first, or take the checkpoint they were made from"
+    require(not quantised, f"config.json: {problem}; {advice}.")
+    rope, c = raw.get("rope_parameters"), {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None  # where newer Transformers keep it
+    for part in ({"rope_theta": theta}, raw):
+        c |= {key: value for key, value in part.items() if value is not None}
+    for key, (valid, rule) in RULES.items():  # reprlib is short, also for values too deep for repr
+        ok = valid(c[key]) if key in c else key not in SIZES or key == "head_dim"
+        require(ok, f"config.json: {key} is {reprlib.repr(c.get(key))}, it must be {rule}.")
+    hidden, heads, groups = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
+    c["head_dim"], vocab, mask = c.get("head_dim", hidden // heads), c["vocab_size"], c.get("mask_token_id")
+    if LONG in c:  # beyond these positions it needs an attention of its own
+        c["max_position_embeddings"] = min(c["max_position_embeddings"], c[LONG][TRAINED])
+    for ok, problem in [
+        ("head_dim" in raw or hidden % heads == 0, f"hidden_size {hidden} does not divide by {heads} heads"),
+        (heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"),
+        (c["head_dim"] % 2 == 0, f"head_dim is {c['head_dim']}, rotary positions need an even one"),
+        (mask is None or mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
+    ]:
+        require(ok, f"config.json: {problem}.")
+    return Config(
+        **{key: c[key] for key in SAME_KEYS if key in c},
+        block_size=c["bd_size"],
+        mask_token_id=mask,
+        stop_token_ids=tuple(as_list(c.get("eos_token_id"))),
+    )
+
+
+def unparse_config(c: Config) -> dict:
+    """The contents of `config.json`, published keys and `mask_token_id`; block size 1 is a plain Qwen2."""
+    adapted = c.block_size > 1
+    raw = {
+        "architectures": ["Fast_dLLM_QwenForCausalLM" if adapted else "Qwen2ForCausalLM"],
+        "model_type": "Fast_dLLM_Qwen" if adapted else "qwen2",
+        **{key: getattr(c, key) for key in SAME_KEYS},
+        "hidden_act": "silu",
+        "eos_token_id": c.stop_token_ids[0] if len(c.stop_token_ids) == 1 else list(c.stop_token_ids),
+        "mask_token_id": c.mask_token_id,
+        "bd_size": c.block_size if adapted else None,
+    }
+    return {key: value for key, value in raw.items() if value not in (None, [])}
+
+
+def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
+    """The checkpoint's config, with stop and mask tokens of `generation_config.json` and the tokenizer.
+
+    Warns where a checkpoint for long contexts is limited to those that it was trained on.
+    """
+    raw = read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        more = read_json(folder / "generation_config.json").get("eos_token_id")
+        raw["eos_token_id"] = as_list(raw.get("eos_token_id")) + as_list(more)
+    config = parse_config(raw)
+    most = config.max_position_embeddings
+    if most < raw["max_position_embeddings"]:
+        warnings.warn(f"{folder}: only {most:,} positions are used: {LONG} is not built.", stacklevel=2)
+    stops, mask, size = list(config.stop_token_ids), config.mask_token_id, None
+    if tokenizer:
+        ends = (tokenizer.special.get("eos_token", ""), "<|im_end|>", "<|endoftext|>")
+        stops += [i for i in map(tokenizer.id, ends) if i is not None]
+        mask = tokenizer.id(MASK) if mask is None else mask
+        size, rows = tokenizer.size, config.vocab_size
+        require(size <= rows, f"{folder}: the tokenizer has {size} ids, the embedding only {rows} rows.")
+    stops = tuple(dict.fromkeys(stops))
+    return replace(config, mask_token_id=mask, stop_token_ids=stops, tokenizer_size=size)
+
+
+def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
+    """Folder, config and tokenizer of a checkpoint; `weights=False` leaves out a Hub id's weights."""
+    folder = locate(path, weights=False)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    config = read_config(folder, tokenizer)
+    return locate(path, weights), config, tokenizer
+
+
+def load(
+    path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[Qwen2, Tokenizer | None]:
+    """Model and tokenizer from a folder or a Hub id; the tokenizer is None where the folder has none.
+
+    device: a torch device, or "auto": cuda, else mps, else cpu. dtype: one of `DTYPES` or its name; "auto" is
+    the embedding's dtype in the file. Raises InputError naming the file, key or tensor that is wrong.
+    """
+    device, wanted = pick_device(device), DTYPES.get(dtype, dtype)
+    require(wanted in DTYPES.values(), f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
+    folder, config, tokenizer = read_checkpoint(path)
+    with torch.device("meta"):
+        model = Qwen2(config)
+    load_weights(model, folder, device, wanted)
+    return model.eval(), tokenizer
+
+
+def load_weights(model: Qwen2, folder: Path, device: str, dtype: torch.dtype | None) -> None:
+    """Fill a model on the meta device. Tensors are read one by one, so memory holds the weights once."""
+    expected = {name: list(p.shape) for name, p in model.named_parameters()}  # without a tied head
+    files = {}
+    for file in shards(folder):
+        for name, shape in tensor_shapes(folder / file).items():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # older files repeat what rope_theta says
+            files[name], wanted = file, expected.get(name, shape)
+            require(shape == wanted, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
+    tied_head = model.config.tie_word_embeddings and files.pop("lm_head.weight", None)  # some files repeat it
+    missing, unknown = expected.keys() - files, files.keys() - expected
+    for names, problem in [(missing, "missing"), (unknown, "not part of this model")]:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        require(not names, f"{folder}: tensor {brief(min(names, default=''))} is {problem}{more}.")
+    for name in expected:  # the embedding comes first and decides the dtype "auto"
+        with safe_open(folder / files[name], "pt") as weights:  # opened anew, so that its pages are freed
+            tensor = weights.get_tensor(name)
+        dtype = dtype or tensor.dtype
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+    model.tie()
+    if tied_head:
+        with safe_open(folder / tied_head, "pt") as weights:
+            same = torch.equal(weights.get_tensor("lm_head.weight").to(device, dtype), model.lm_head.weight)
+        require(same, f"{tied_head}: lm_head.weight is not the embedding, but tie_word_embeddings is true.")
+
+
+def require_plain(model: nn.Module, doing: str) -> None:
+    """Raises InputError for a model with an adapter or prepacked weights; doing: "cannot be saved", say."""
+    with torch.device("meta"):
+        plain = {name for name, _ in Qwen2(model.config).named_parameters()}
+    ok = plain == {name for name, _ in model.named_parameters()}
+    require(ok, f"A model with an adapter or prepacked weights {doing}; take the plain one.")
+
+
+def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
+    """Write what `load` reads, under the published names.
+
+    Raises OSError where the folder cannot be written; an older checkpoint's files are then complete. Raises
+    InputError for a model that `require_plain` refuses: the files have no place for its weights.
+    """
+    require_plain(model, "cannot be saved")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head once
+    dtype = str(model.weight.dtype).removeprefix("torch.")
+    config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
+    files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
+    write_tensors(folder / "model.safetensors", weights)
+    # an older checkpoint's index and tokenizer would contradict the new files
+    for name in {INDEX, *(TOKENIZER_FILES if tokenizer else [])} - files.keys():
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        replace_file(folder / name, partial(Path.write_bytes, data=content))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a temporary file and rename it to `path`, so that no reader ever sees half a file.
+
+    A symbolic link stays, and its target is replaced. Raises InputError for a folder, a device or a pipe.
+    """
+    require(path.is_file() or not path.exists(), f"{path}: is no regular file; name another.")
+    path = Path(os.path.realpath(path))  # a link's target
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.umask(mask := os.umask(0))  # the only way to read the umask
+        temporary.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`replace_file` for a safetensors file. Raises OSError where it cannot be written."""
+    try:
+        replace_file(path, lambda part: save_file(tensors, part, {"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({brief(error)})") from None
