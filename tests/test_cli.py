@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,295 +11,371 @@ import time
 
 import pytest
 from click.testing import CliRunner
+from command_line import QUESTION, mistake, read_lines, run, run_json, user, write_lines
 from conftest import ROOT
 
 import cli
-from benchmarks.judging import final_answer
-from fast import prepack
-from fastdllm import Decoding, InputError, generate, load
-from train import read_documents
-
-QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
-
-
-def run(*arguments, stdin=None):
-    return CliRunner().invoke(cli.cli, ["generate", "--device", "cpu", *map(str, arguments)], input=stdin)
-
-
-def mistake(*arguments, stdin=None):
-    """The one sentence that a mistake gives."""
-    result = run(*arguments, stdin=stdin)
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    lines = result.stderr.strip().splitlines()
-    assert lines[-1].startswith("Error: ") and "Traceback" not in result.stderr
-    return lines[-1]
+import fastdllm
+from checkpoint import load
+from commands import console, prompts
+from commands.evaluate import final_answer
+from fast import PrepackedLinear, prepack
+from fastdllm import Decoding, InputError, decode, generate
 
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(shipped):
     model, tokenizer = shipped
-    result = run(QUESTION)
-    [expected] = generate(model, [tokenizer.chat([{"role": "user", "content": QUESTION}])], Decoding())
+    result = run("generate", QUESTION)
+    [expected] = generate(model, [tokenizer.chat([user(QUESTION)])], Decoding())
     assert result.exit_code == 0
     assert result.stdout == tokenizer.decode(expected.tokens) + "\n"
     summary = rf"{len(expected.tokens)} tokens in {expected.forward_passes} forward passes: [\d.]+ tokens per forward, "
     assert re.fullmatch(summary + r"[\d.]+ tokens/s, stop\n", result.stderr)
 
 
-def test_without_a_prompt_the_sample_problem_is_shown_and_solved():
-    result = run(stdin="")
-    assert cli.SAMPLE in result.stderr
-    assert final_answer(result.stdout) == "14"
-
-
-def test_the_prompt_may_be_piped_in():
-    assert run(stdin=QUESTION + "\n").stdout == run(QUESTION).stdout
+def test_without_a_prompt_what_is_piped_in_is_answered_or_else_the_sample_problem():
+    assert run("generate", stdin=QUESTION + "\n").stdout == run("generate", QUESTION).stdout
+    result = run("generate", stdin="")
+    assert console.SAMPLE in result.stderr and final_answer(result.stdout) == "14"
 
 
 def test_json_has_the_documented_fields_and_counts(shipped):
-    result = run(QUESTION, "--json", "--threshold", 0.8, "--cache", "dual")
-    found = json.loads(result.stdout)
+    found = run_json("generate", QUESTION, "--threshold", 0.8, "--cache", "dual")
     names = "text token_ids prompt_tokens new_tokens passes forward_passes tokens_per_forward seconds tokens_per_second "
-    names += "finish_reason block_size sub_block_size threshold cache max_new_tokens temperature top_p seed stop_token_ids"
+    names += "finish_reason block_size sub_block_size threshold cache max_new_tokens temperature top_p top_k seed stop_token_ids"
     assert set(names.split()) <= set(found)
-    assert (found["threshold"], found["cache"], found["block_size"], found["sub_block_size"]) == (
-        0.8,
-        "dual",
-        32,
-        8,
-    )
+    options = {"threshold": 0.8, "cache": "dual", "block_size": 32, "sub_block_size": 8, "verify": False}
+    assert options.items() <= found.items()
     assert found["new_tokens"] == len(found["token_ids"])
     assert found["forward_passes"] == sum(n for kind, n in found["passes"].items() if kind != "prefill")
     assert found["tokens_per_forward"] == pytest.approx(found["new_tokens"] / found["forward_passes"])
     assert found["token_ids"][-1] in found["stop_token_ids"] and found["finish_reason"] == "stop"
-    tokenizer = shipped[1]
-    assert found["prompt_tokens"] == len(tokenizer.chat([{"role": "user", "content": QUESTION}]))
+    assert found["prompt_tokens"] == len(shipped[1].chat([user(QUESTION)]))
+    verified = run_json("generate", QUESTION, "--verify", "--draft-width", 5)
+    assert verified["verify"] and verified["draft_width"] == 5 and verified["draft_ahead"] is False
+    assert set(verified["passes"]) == {"prefill", "draft", "verify"}
 
 
 @pytest.mark.parametrize("flags", [
-    ["--threshold", "0.9", "--block-size", "32"], ["--cache", "dual"], ["--cache", "none"], ["--block-size", "1"],
-    ["--block-size", "4"], ["--temperature", "0.5", "--top-p", "0.9", "--seed", "1"], ["--dtype", "bfloat16"],
-    ["--max-new-tokens", "5"], ["--system", "Add."], ["--raw"], ["--sub-block-size", "32"],
+    "--threshold 0.9 --block-size 32", "--cache dual", "--cache none", "--block-size 1", "--block-size 4", "--max-new-tokens 5",
+    "--temperature 0.5 --top-p 0.9 --top-k 5 --seed 1", "--dtype bfloat16", "--system Add.", "--sub-block-size 32",
+    "--accept prefix", "--verify", "--verify --draft-width 4 --draft-ahead", "--threads 1", "--no-prepack",
 ])  # fmt: skip
 def test_every_flag_works(flags):
-    result = run(QUESTION, *flags)
+    result = run("generate", QUESTION, *flags.split())
     assert result.exit_code == 0 and result.stdout.strip()
-    other_block = "--block-size" in flags and flags[-1] != "32"
-    assert ("Note: " in result.stderr) == other_block
+    assert ("Note: " in result.stderr) == (flags in ("--block-size 1", "--block-size 4"))
 
 
-def test_weights_are_prepacked_where_that_works_unless_asked_not_to(monkeypatch):
-    models, decode = [], cli.decode
-    monkeypatch.setattr(cli, "decode", lambda model, *rest: models.append(model) or decode(model, *rest))
-    assert run(QUESTION).stdout == run(QUESTION, "--no-prepack").stdout
-    works = prepack(load(cli.SHIPPED, "cpu")[0]).prepacked  # not without oneDNN
-    assert [model.prepacked for model in models] == [works, False]
+def test_weights_are_prepacked_where_that_works_unless_asked_not_to():
+    packed = lambda model: any(isinstance(m, PrepackedLinear) for m in model.modules())
+    works = packed(prepack(load(console.SHIPPED, "cpu")[0]))  # not without oneDNN
+    opened = lambda packed: console.open_model(str(console.SHIPPED), device="cpu", packed=packed)[0]
+    assert [packed(opened(True)), packed(opened(False))] == [works, False]
 
 
 def test_raw_continues_the_text_and_prompt_ids_the_ids(shipped):
-    model, tokenizer = shipped
-    ids = tokenizer.encode("Mia has 12")
-    raw = json.loads(run("Mia has 12", "--raw", "--json", "--max-new-tokens", 9).stdout)
-    by_ids = json.loads(run("--prompt-ids", ",".join(map(str, ids)), "--json", "--max-new-tokens", 9).stdout)
+    ids, few = shipped[1].encode("Mia has 12"), ["--max-new-tokens", 9]
+    raw = run_json("generate", "Mia has 12", "--raw", *few)
+    by_ids = run_json("generate", "--prompt-ids", ", ".join(map(str, ids)), *few)
     assert raw["token_ids"] == by_ids["token_ids"] and raw["prompt_tokens"] == len(ids)
 
 
-def test_a_checkpoint_without_tokenizer_prints_ids(folders):
-    result = run("--model", folders["untied"], "--prompt-ids", "1,2,3", "--max-new-tokens", 4)
-    assert len(result.stdout.split()) == 4
+def test_an_empty_system_message_is_a_given_one(shipped):
+    empty, none = [{"role": "system", "content": ""}, user(QUESTION)], [user(QUESTION)]
+    given = run_json("generate", QUESTION, "--system", "")["prompt_tokens"]
+    assert given == len(shipped[1].chat(empty)) > len(shipped[1].chat(none))
 
 
-def test_defaults_are_the_dataclass_fields():
-    options = {option.name: option.default for option in cli.generate.params}
-    assert {name: options[name] for name in cli.KNOBS} == {
-        name: getattr(Decoding, name) for name in cli.KNOBS
-    }
+def defaults(name):
+    return cli.cli.commands[name].make_context(name, [], parent=cli.cli.make_context("cli", [name])).params
+
+
+def test_options_mean_the_same_everywhere_and_none_is_the_librarys_value():
+    given = {name: defaults(name) for name in cli.cli.commands}
+    for name in Decoding.__dataclass_fields__.keys() & given["generate"]:
+        assert given["generate"][name] in (None, getattr(Decoding, name))
+        assert given["generate"][name] == given["eval"][name]
+    for command in ("generate", "chat", "eval", "sweep", "bench"):
+        assert {"threads", "model", "adapter", "device", "dtype"} <= given[command].keys()
+    assert all(options["as_json"] is False for options in given.values() if "as_json" in options)
+
+
+# --- --compare ---
+
+
+def test_compare_sets_ar_beside_the_chosen_decoder():
+    result, alone = (
+        run("generate", QUESTION, "--compare", "--verify"),
+        run("generate", QUESTION, "--block-size", 1),
+    )
+    assert result.stdout == alone.stdout
+    own, ar, verdict = result.stderr.splitlines()
+    assert ar.startswith("AR: ") and "tokens/s" in own and "tokens/s" in ar
+    assert re.fullmatch(r"[\d.]+ times AR's speed in float32, and the texts are identical", verdict)
+    found = run_json("generate", QUESTION, "--compare", "--max-new-tokens", 30)
+    assert found["ar"]["text"] == alone.stdout[: len(found["ar"]["text"])] and found["dtype"] == "float32"
+    assert found["identical"] == (found["token_ids"] == found["ar"]["token_ids"])
+    assert found["speed_up"] == pytest.approx(found["tokens_per_second"] / found["ar"]["tokens_per_second"])
+
+
+def test_compare_names_a_difference_and_refuses_what_says_nothing(folders):
+    ids = ["generate", "--model", folders["untied"], "--prompt-ids", "1,2,3", "--max-new-tokens", 40]
+    result = run(*ids, "--compare", "--threshold", 0)  # without a tokenizer the answer is printed as ids
+    assert "the texts are not identical" in result.stderr and len(result.stdout.split()) == 40
+    assert "this one is AR" in mistake("generate", "hi", "--compare", "--block-size", 1)
+    assert "needs a --seed" in mistake("generate", "hi", "--compare", "--temperature", 1)
+
+
+# --- Files of prompts ---
 
 
 def test_files_of_prompts_give_answers_in_order_with_their_fields(tmp_path):
     records = [{"id": i, "prompt": QUESTION.replace("12", str(i))} for i in range(3, 8)]
-    records.append({"id": "m", "messages": [{"role": "user", "content": QUESTION}]})
-    records.append({"id": "p", "prompt_ids": [5, 6, 7]})
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
-    source = ["--input", tmp_path / "in.jsonl", "--max-new-tokens", 60]
+    records += [{"id": "m", "messages": [user(QUESTION)]}, {"id": "p", "prompt_ids": [5, 6, 7]}]
+    (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, records)) + "\n")
+    few = ["--max-new-tokens", 30]
+    source = ["generate", "--input", tmp_path / "in.jsonl", *few]
     assert run(*source, "--output", tmp_path / "out.jsonl", "--batch-size", 3).exit_code == 0
-    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    answers = read_lines(tmp_path / "out.jsonl")
     assert [answer["id"] for answer in answers] == [record["id"] for record in records]
-    assert answers[5]["text"] == run(QUESTION, "--max-new-tokens", 60).stdout[:-1]
+    assert answers[5]["text"] == run("generate", QUESTION, *few).stdout[:-1]
+    assert len({answer.pop("run") for answer in answers}) == 1
     alone = run(*source, "--batch-size", 1)
-    assert alone.stdout == (tmp_path / "out.jsonl").read_text()
-
-
-def test_mistakes_get_one_sentence(tmp_path, folders):
-    assert "no such folder" in mistake("hi", "--model", tmp_path / "nowhere")
-    assert "empty" in mistake("  ")
-    assert "outside the vocabulary" in mistake("--prompt-ids", "1,99999")
-    assert "give integers" in mistake("--prompt-ids", "1,x")
-    assert "mask token" in mistake("a |<MASK>| b")
-    assert "--sub-block-size 5 does not divide --block-size 32" in mistake("hi", "--sub-block-size", 5)
-    assert "'--threshold': 1.5 is not in the range" in mistake("hi", "--threshold", 1.5)
-    assert "the model has 1024" in mistake("hi", "--max-new-tokens", 5000)
-    assert "no tokenizer" in mistake("hi", "--model", folders["untied"])
-    assert "dtype 'int8' is not known" in mistake("hi", "--dtype", "int8")
-    assert "exclude one another" in mistake("hi", "--prompt-ids", "1")
-    assert "--output needs --input" in mistake("hi", "--output", "x")
-    assert "--raw and --system are for text" in mistake("--prompt-ids", "1", "--raw")
-    assert "--system has no place" in mistake("hi", "--raw", "--system", "x")
-    assert "No valid Unicode" in mistake(stdin=b"caf\xe9")
-    assert "No such file" in mistake("--input", tmp_path / "missing.jsonl")
-    assert "temperature" in mistake("hi", "--temperature", -1)
-    assert "leave --fuse-commit out" in mistake("hi", "--verify", "--fuse-commit")
-    assert "leave accept prefix out" in mistake("hi", "--accept", "prefix", "--tokens-per-pass", 2)
-    assert "is a folder" in mistake("--input", "-", "--output", tmp_path)
-
-
-@pytest.mark.parametrize("line, message", [
-    ("{", "not valid JSON"),
-    ("3", "not a JSON object"),
-    ('{"text": "x"}', "needs `prompt`"), ('{"prompt": ""}', "is empty"),
-    ('{"messages": [{"role": "user"}]}', "needs `prompt`"), ('{"prompt_ids": [-1]}', "outside the vocabulary"),
-    ('{"prompt_ids": "1"}', "list of integers"),
-    ('{"prompt_ids": ["a"]}', "token ids"),
-    ('{"prompt": "\\ud800 x"}', "not valid JSON"), ("[" * 100_000, "not valid JSON"),
-])  # fmt: skip
-def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, line, message):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n' + line + "\n")
-    said = mistake("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert "in.jsonl, line 2: " in said and message in said
-    assert not (tmp_path / "out.jsonl").exists()
+    assert list(map(json.loads, alone.stdout.splitlines())) == answers
 
 
 def test_answers_to_a_system_message_keep_the_prompt_that_was_asked(tmp_path, shipped):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
-    common = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 8]
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "hi"}])
     for options, kept in ([], False), (["--system", "Be brief."], True), (["--raw"], True):
-        assert run(*common, *options).exit_code == 0
-        line = json.loads((tmp_path / "out.jsonl").read_text())
+        line = json.loads(run("generate", "--input", source, "--max-new-tokens", 8, *options).stdout)
         assert ("prompt_ids" in line) == kept
-        [(tokens, trainable)] = read_documents(tmp_path / "out.jsonl", shipped[1])
-        assert (
-            len(tokens) - sum(trainable) == line["prompt_tokens"]
-            and tokens[line["prompt_tokens"] :] == line["token_ids"]
-        )
+        ids = line["prompt_ids"] if kept else shipped[1].chat([user("hi")])
+        assert len(ids) == line["prompt_tokens"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_one_sentence(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
-    assert "No space left" in mistake("--input", tmp_path / "in.jsonl", "--output", "/dev/full")
+def test_extra_keys_of_messages_and_tools_reach_the_template():
+    class Tokenizer:
+        chat = staticmethod(lambda messages, tools: [messages, tools])
+
+    messages = [{"role": "user", "content": None, "tool_call_id": "x"}]
+    found = prompts.encode_prompt({"messages": messages, "tools": [{"name": "f"}]}, Tokenizer())
+    assert found == [messages, [{"name": "f"}]]
 
 
-def test_options_that_would_be_ignored_are_refused(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "system", "content": "a"}]}\n')
-    assert "show one answer" in mistake("--input", tmp_path / "in.jsonl", "--json")
-    assert "give one of them" in mistake("hi", "--json", "--watch")
-    assert "--delay is nan" in mistake("hi", "--watch", "--delay", "nan")
-    assert "system message already" in mistake("--input", tmp_path / "in.jsonl", "--system", "b")
-    assert "not for messages" in mistake("--input", tmp_path / "in.jsonl", "--raw")
-    assert "Without --verify nothing is drafted, so leave --draft-width out" in mistake(
-        "hi", "--draft-width", "3"
-    )
-    assert "so leave --threshold out" in mistake("hi", "--verify", "--threshold", "0.5")
-    assert "so leave --accept out" in mistake("hi", "--verify", "--accept", "prefix")
-
-
-def test_a_closed_standard_output_is_one_sentence(tmp_path, monkeypatch, capsys):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
-    monkeypatch.setattr(sys, "stdout", None)
-    generate = lambda *given: cli.cli.main(["generate", "--device", "cpu", *given], standalone_mode=False)
-    with pytest.raises(cli.OneSentence, match="Standard output is closed"):
-        generate("--input", str(tmp_path / "in.jsonl"))
-    generate("hi", "--watch", "--max-new-tokens", "2")
-    assert "Note: --watch draws in a terminal only" in capsys.readouterr().err
-
-
-def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch):
-    monkeypatch.setattr(cli, "PROCESSES", 2)
-    for name in ("sweep", "bench", "chat", "info"):
-        found = CliRunner().invoke(cli.cli, [name])
-        assert found.exit_code == 2 and f"cli.py {name} runs in one process" in found.stderr
-
-
-def test_prompts_from_a_closed_standard_input_are_one_sentence(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(InputError, match="Standard input is closed"):
-        cli.read_jsonl("-")
-
-
-def test_names_of_fields_become_flags_but_not_in_paths_or_plain_words():
-    said = cli.with_flags("cache is 'x'; a/batch_size, the cache and sub_block_size 5")
-    assert said == "--cache is 'x'; a/batch_size, the cache and --sub-block-size 5"
-
-
-def test_latin_1_bytes_in_a_file_and_a_closed_standard_input(tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    assert "line 1: not valid JSON" in mistake("--input", tmp_path / "in.jsonl")
-    command = f"{sys.executable} {ROOT / 'cli.py'} generate --device cpu <&-"
-    closed = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert closed.returncode == 0 and final_answer(closed.stdout) == "14"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
-def test_ctrl_c_ends_with_what_was_generated(folders):
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "cli.py"),
-        "generate",
-        "--model",
-        str(folders["untied"]),
-        "--device",
-        "cpu",
-    ]
-    command += ["--prompt-ids", "1,2,3", "--max-new-tokens", "1000", "--cache", "none", "--threshold", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-    first = process.stdout.read(1)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
-    errors = errors.decode()
-    assert process.returncode == 130 and "Traceback" not in errors
-    tokens = (first + rest).split()
-    assert re.search(rf"^{len(tokens)} tokens in .* interrupted$", errors, re.MULTILINE)
-    model, _ = load(folders["untied"], "cpu")
-    [whole] = generate(model, [[1, 2, 3]], Decoding(threshold=1.0, max_new_tokens=1000))
-    assert [int(token) for token in tokens] == whole.tokens[: len(tokens)]
+@pytest.mark.parametrize("line, message", [
+    (b"{", "not valid JSON"), (b"3", "not a JSON object"), (b'{"text": "x"}', "needs `prompt`"), (b'{"prompt": ""}', "is empty"),
+    (b'{"messages": [{"role": "user"}]}', "needs `prompt`"), (b'{"messages": [3]}', "needs `prompt`"),
+    (b'{"prompt": "a", "messages": []}', "exclude one another"), (b'{"prompt_ids": [-1]}', "outside the vocabulary"),
+    (b'{"prompt_ids": "1"}', "list of integers"), (b'{"prompt_ids": ["a"]}', "token ids"),
+    (b'{"prompt": "\\ud800 x"}', "not valid JSON"), (b"[" * 100_000, "not valid JSON"), (b'{"prompt": "caf\xe9"}', "not valid JSON"),
+])  # fmt: skip
+def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "hi"}\n' + line + b"\n")
+    said = mistake("generate", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "in.jsonl, line 2: " in said and message in said
+    assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_the_prompts_file_is_never_written_over(tmp_path):
-    source, link = tmp_path / "in.jsonl", tmp_path / "link.jsonl"
-    source.write_text('{"prompt": "hi"}\n')
+    source, link = write_lines(tmp_path / "in.jsonl", [{"prompt": "hi"}]), tmp_path / "link.jsonl"
     link.symlink_to(source)
     for target in (source, link):
-        assert "is the file of --input" in mistake("--input", source, "--output", target)
+        assert "is the file of --input" in mistake("generate", "--input", source, "--output", target)
     assert source.read_text() == '{"prompt": "hi"}\n'
 
 
-def test_trace_writes_regular_files_only_and_says_so_first(tmp_path, monkeypatch):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+@pytest.mark.parametrize(
+    "command", ["generate hi --trace", "generate --input - --output", "eval --count 1 --output"]
+)
+def test_files_are_refused_by_name_before_anything_runs(tmp_path, monkeypatch, command):
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(cli, "open_model", lambda **given: pytest.fail("something ran"))
-    assert "no regular file" in mistake("hi", "--trace", tmp_path / "fifo")
-    assert (tmp_path / "fifo").is_fifo()
+    monkeypatch.setattr(console, "open_model", lambda **given: pytest.fail("something ran"))
+    places = {"fifo": "no regular file", "no/x": "does not exist", "": "is a folder"}
+    for name, message in places.items():
+        said = mistake(*command.split(), tmp_path / name)
+        assert said.startswith(f"{command.split()[-1]} {tmp_path / name}: ") and message in said
 
 
-def test_closed_standard_streams_give_no_traceback():
-    start = lambda command: subprocess.Popen(
-        f"{sys.executable} {ROOT / 'cli.py'} {command}", shell=True, stderr=subprocess.PIPE, text=True
-    )
-    few = "--device cpu --max-new-tokens 3"
-    runs = [start(f"generate hi {few} <&-"), start(f"generate hi {few} >&-"), start(f"chat {few} <&- >&-")]
-    for run in runs:
-        errors = run.communicate()[1]
-        assert "Traceback" not in errors and run.returncode in (0, 1, 2)
+# --- Mistakes ---
 
 
-@pytest.mark.parametrize("command", [
-    ["eval", "--count"], ["sweep", "--count"], ["bench", "--threads"],     ["generate", "hi", "--block-size"], ["generate", "hi", "--max-new-tokens"], ["eval", "--max-new-tokens"],
-    ["bench", "--batch-sizes"], ["sweep", "--block-sizes"],
+def test_mistakes_get_one_sentence(tmp_path, folders):
+    wrong = lambda *given, **more: mistake("generate", *given, **more)
+    assert "no such folder" in wrong("hi", "--model", tmp_path / "nowhere")
+    assert "adapter" in wrong("--adapter", tmp_path / "nowhere", "--verify", stdin="")
+    assert "empty" in wrong("  ")
+    assert "outside the vocabulary" in wrong("--prompt-ids", "1,99999")
+    assert "'--prompt-ids': 'x' is not a valid integer" in wrong("--prompt-ids", "1,x")
+    assert "mask token" in wrong("a |<MASK>| b")
+    assert "--sub-block-size 5 does not divide --block-size 32" in wrong("hi", "--sub-block-size", 5)
+    blocks = ["--sub-block-size", 8, "--block-size", 4]
+    assert "--sub-block-size 8 does not divide --block-size 4" in wrong("hi", *blocks)
+    assert "'--threshold': 1.5 is not in the range" in wrong("hi", "--threshold", 1.5)
+    assert "threshold is nan" in wrong("hi", "--threshold", "nan")
+    assert "the model has 1024; lower --max-new-tokens" in wrong("hi", "--max-new-tokens", 5000)
+    assert "no tokenizer" in wrong("hi", "--model", folders["untied"])
+    assert "dtype 'int8' is not known" in wrong("hi", "--dtype", "int8")
+    assert "No valid Unicode" in wrong(stdin=b"caf\xe9")
+    assert "temperature" in wrong("hi", "--temperature", -1)
+    assert f"{tmp_path / 'missing.jsonl'}: No such file" in wrong("--input", tmp_path / "missing.jsonl")
+    assert f"{tmp_path}: Is a directory" in wrong("--input", tmp_path)
+    assert f"{tmp_path}: Is a directory" in mistake("eval", tmp_path)
+    assert "--count" in mistake("eval", "--count", 10**9)  # before it makes them all
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path):
+    wrong = lambda *given: mistake("generate", *given)
+    chats = ["--input", write_lines(tmp_path / "x", [{"messages": [{"role": "system", "content": "a"}]}])]
+    assert "exclude one another" in wrong("hi", "--prompt-ids", "1")
+    assert "--output needs --input" in wrong("hi", "--output", tmp_path / "x")
+    assert "--raw and --system are for text" in wrong("--prompt-ids", "1", "--raw")
+    assert "--system has no place" in wrong("hi", "--raw", "--system", "x")
+    assert "show one answer" in wrong(*chats, "--json") and "show one answer" in wrong(*chats, "--compare")
+    assert "system message already" in wrong(*chats, "--system", "b")
+    assert "not for messages" in wrong(*chats, "--raw")
+    assert "give one of them" in wrong("hi", "--json", "--watch")
+    assert "--delay is nan" in wrong("hi", "--watch", "--delay", "nan")
+    assert "--delay is for --watch" in wrong("hi", "--delay", "0.15")
+    for flags in ("--draft-width 16", "--draft-ahead"):
+        flag = flags.split()[0]
+        assert f"{flag} is for --verify; add --verify" in wrong("hi", *flags.split())
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "chat"])
+def test_verify_refuses_each_option_of_blocks_by_name_also_where_it_equals_the_default(command):
+    for flags in (
+        "block-size 1",
+        "block-size 32",
+        "sub-block-size 8",
+        "threshold 0.9",
+        "accept threshold",
+        "cache block",
+    ):
+        flag, value = f"--{flags}".split()
+        assert f"leave {flag} out" in mistake(command, "--verify", flag, value)
+
+
+def test_verify_on_a_plain_base_names_the_adapter(folders, tmp_path):
+    base = shutil.copytree(folders["untied"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"mask_token_id": None, "bd_size": 1}
+    (base / "config.json").write_text(json.dumps(config))
+    said = mistake("generate", "--prompt-ids", "1,2", "--verify", "--model", base)
+    assert "give it an --adapter" in said
+
+
+@pytest.mark.parametrize("flags, place", [
+    ("--seed 1", "temperature 0"), ("--top-p 0.9", "temperature 0"), ("--top-k 9", "temperature 0"),
+    ("--threshold 0.9", "block size 1"), ("--accept prefix", "block size 1"), ("--cache dual", "block size 1"), ("--cache none", None),
 ])  # fmt: skip
-def test_numbers_of_twenty_digits_get_one_sentence(command):
-    result = CliRunner().invoke(cli.cli, [*command, "9" * 20])
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert result.exit_code == 2 and len(errors) == 1 and command[-1] in errors[0]
+def test_options_without_effect_are_noted(flags, place):
+    said = run("generate", "hi", "--block-size", 1, "--max-new-tokens", 2, *flags.split()).stderr
+    assert f"Note: {flags.split()[0]} changes nothing at {place}." in said or not place
+    assert ("changes nothing" in said) == bool(place)
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    ("generate --treshold 0.9", "did you mean --threshold?"), ("generate --modle x", "did you mean --model?"),
+    ("generate --zzz", "see cli generate --help."), ("chat --batch-size 3", "cli chat has no option --batch-size"),
+    ("--threshold 0.9 generate", "--threshold stands before the command; options follow it: cli COMMAND --threshold"),
+])  # fmt: skip
+def test_an_unknown_option_gets_its_nearest_name_or_its_place(arguments, hint):
+    result = CliRunner().invoke(cli.cli, arguments.split())
+    assert result.exit_code == 2 and hint in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_numbers_of_twenty_digits_get_one_sentence():
+    for command in ("eval --count", "sweep --count", "bench --threads", "generate hi --block-size",
+                    "eval --max-new-tokens", "bench --batch-sizes", "sweep --block-sizes"):  # fmt: skip
+        assert command.split()[-1] in mistake(*command.split(), "9" * 20)
+
+
+def test_commands_that_do_not_share_work_refuse_several_processes(monkeypatch):
+    monkeypatch.setattr(console, "PROCESSES", 2)
+    for name in ("sweep", "bench", "chat", "info"):
+        assert f"cli.py {name} runs in one process" in mistake(name)
+
+
+def test_an_error_of_ours_is_no_sentence_of_the_user():
+    @console.reports_mistakes
+    def broken():
+        return {}["question"]
+
+    with pytest.raises(KeyError):
+        broken()
+
+
+def test_only_a_decodings_fields_are_named_as_flags():
+    sentence = lambda text: console.sentence_of(InputError(text))
+    assert sentence("block_size 4 and draft_width 2.") == "--block-size 4 and --draft-width 2."
+    for text in ("config.json: block_size is 0.", "/a/block_size: no such folder.", "block_sizes"):
+        assert sentence(text) == text
+
+
+# --- Closed streams and Ctrl-C ---
+
+
+def start(*arguments):
+    """A command beside the streams of this process."""
+    return cli.cli.main([*map(str, arguments), "--device", "cpu"], standalone_mode=False)
+
+
+def test_closed_standard_streams_are_one_sentence_where_they_are_needed(tmp_path, monkeypatch, capsys):
+    source, few = write_lines(tmp_path / "in.jsonl", [{"prompt": "hi"}]), ["--max-new-tokens", "2"]
+    monkeypatch.setattr(sys, "stdin", None)
+    start("generate", *few)
+    assert console.SAMPLE in capsys.readouterr().err
+    for command in (["chat"], ["generate", "--input", "-"]):
+        with pytest.raises(console.OneSentence, match="Standard input"):
+            start(*command)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(console.OneSentence, match="Standard output is closed"):
+        start("generate", "--input", source)
+    start("generate", "hi", "--watch", *few)
+    assert "Note: --watch draws in a terminal only" in capsys.readouterr().err
+
+
+def interrupting(after):
+    """`decode` with a Ctrl-C in the midst."""
+
+    def steps(*given, **more):
+        for number, step in enumerate(decode(*given, **more)):
+            if number == after:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    return steps
+
+
+def test_ctrl_c_ends_with_what_was_generated(monkeypatch):
+    whole = run("generate", QUESTION).stdout
+    monkeypatch.setattr(fastdllm, "decode", interrupting(3))
+    result = run("generate", QUESTION)
+    assert result.exit_code == 130 and result.stderr.endswith(", interrupted\n")
+    assert 1 < len(result.stdout) < len(whole) and whole.startswith(result.stdout[:-1])
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with console.ctrl_c() as pressed:
+        signal.raise_signal(signal.SIGINT)
+        assert pressed
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_ctrl_c_keeps_the_answers_that_are_there(tmp_path, monkeypatch, command):
+    records = [{"prompt": QUESTION, "question": QUESTION, "answer": 19}] * 3
+    source = write_lines(tmp_path / "in.jsonl", records)
+    monkeypatch.setattr(prompts, "decode", interrupting(10))
+    result = run(command, *["--input"] * (command == "generate"), source, "--batch-size", 1)
+    assert result.exit_code == 130
+    assert re.search("Interrupted: 1 of 3 answers are there; with --output FILE", result.stderr)
+    if command == "eval":
+        assert result.stdout.startswith("100.0% (standard error 0.0) of 1 problems")
+    else:
+        assert result.stdout.count("\n") == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
@@ -315,12 +392,32 @@ def test_ctrl_c_while_it_loads_gives_no_traceback():
     assert "Traceback" not in errors and process.returncode in (0, 130)  # 0: it had loaded already
 
 
+# --- Help ---
+
+
 @pytest.mark.parametrize("name", [[], *([name] for name in cli.cli.commands)])
-def test_every_command_has_a_short_flag_for_help(name):
+def test_every_help_page_is_whole_has_examples_and_shows_defaults(name):
     short, long = (CliRunner().invoke(cli.cli, [*name, flag]) for flag in ("-h", "--help"))
     assert short.exit_code == 0 and short.stdout == long.stdout and "Usage: " in short.stdout
+    assert "python cli.py " + " ".join(name) in short.stdout
+    if name:
+        shown, given = " ".join(short.stdout.split()), defaults(name[0])
+        for option in cli.cli.commands[name[0]].params:
+            if given.get(option.name) not in (None, False, "") and option.opts[0].startswith("--"):
+                assert re.search(rf"{option.opts[0]}\b[^-]?.*?default: ", shown), option.name
+    else:  # summaries are not cut
+        lines = short.stdout.partition("Commands:\n")[2].splitlines()
+        assert len(lines) == 6 and all(line.endswith(".") and "..." not in line for line in lines)
+
+
+def test_help_starts_without_torch_and_no_command_imports_what_it_does_not_need():
+    code = "import sys, cli; loaded = lambda *names: {*names} & sys.modules.keys(); "
+    code += "heavy = loaded('torch', 'tokenizers', 'tqdm', 'jinja2', 'huggingface_hub'); assert not heavy, heavy; "
+    code += "cli.cli(['info'], standalone_mode=False); "
+    code += "heavy = loaded('sympy', 'huggingface_hub', 'torch._dynamo', 'torch._inductor', 'commands.prompts'); assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_version():
     result = CliRunner().invoke(cli.cli, ["--version"])
-    assert result.exit_code == 0 and cli.VERSION in result.stdout
+    assert result.exit_code == 0 and console.VERSION in result.stdout

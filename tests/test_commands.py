@@ -1,6 +1,5 @@
 """eval, sweep, info, chat, and the views of a decoding: --watch and --trace."""
 
-import itertools
 import json
 import os
 import re
@@ -9,49 +8,24 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from click.testing import CliRunner
+import torch
+from command_line import QUESTION, mistake, read_lines, run, run_json, user, write_lines
 from conftest import ROOT
 
-import cli
-from benchmarks import judging
-from fastdllm import Decoding, InputError, Pass, Result, Revealed, decode, generate, load, save
-from viewer import terminal, trace
-
-QUESTION = "Mia has 12 apples. She buys 7 more. How many apples does Mia have now?"
-
-
-def run(*arguments, stdin=None):
-    return CliRunner().invoke(cli.cli, [str(a) for a in arguments], input=stdin)
-
+from commands import chat, console, evaluate, prompts, terminal, trace
+from fastdllm import Decoding, Guess, InputError, Result, Sees, Step, decode, generate
+from verify import Verified
 
 # --- eval ---
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("so \\boxed{42}", "42"), ("\\boxed{1} and then \\boxed{2}.", "2"), ("\\boxed{\\frac{1}{2}}", "0.5"),
-    ("\\boxed{\\text{42}}", "42"), ("\\boxed{1,234.00}", "1234"), ("\\boxed{open", None), ("a\n#### 1,200", "1200"),
-    ("#### 18 dollars\n", "18"), ("#### $18.50.", "18.5"), ("12 #### 7 \n\n", "7"), ("it costs $3 and 25%.", "25"),
-    ("the answer is -3.", "-3"), ("from 3 to 5.0", "5"), ("none", None), ("", None), ("####", None), ("0.5", "0.5"),
-    ("first 9 #### then \\boxed{8}", "8"), ("1,000,000 people", "1000000"), ("\\boxed{50\\%}", "50"),
-    ("12345678901234567891", "12345678901234567891"), ("#### -0.0", "0"), ("#### 007.50", "7.5"),
-    ("9" * 5000, "9" * 5000),
-])  # fmt: skip
-def test_the_final_answer_is_found(text, answer):
-    assert judging.final_answer(text) == answer
-
-
-def problems_file(tmp_path, n=6):
-    lines = [
-        {"question": QUESTION.replace("12", str(i)), "answer": f"... #### {i + 7}"} for i in range(10, 10 + n)
-    ]
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path / "problems.jsonl"
-
-
 def test_eval_reports_accuracy_and_rates(tmp_path):
-    source, out = problems_file(tmp_path), tmp_path / "out.jsonl"
-    found = json.loads(run("eval", source, "--output", out, "--json", "--threshold", 0.95).stdout)
-    lines = [json.loads(line) for line in out.read_text().splitlines()][1:]
+    problems = [
+        {"question": QUESTION.replace("12", str(i)), "answer": f"... #### {i + 7}"} for i in range(10, 16)
+    ]
+    source, out = write_lines(tmp_path / "problems.jsonl", problems), tmp_path / "out.jsonl"
+    found = run_json("eval", source, "--output", out, "--threshold", 0.95)
+    lines = read_lines(out)
     assert found["problems"] == len(lines) == 6
     assert found["accuracy"] == sum(line["correct"] for line in lines) / 6
     assert found["standard_error"] == pytest.approx((found["accuracy"] * (1 - found["accuracy"]) / 6) ** 0.5)
@@ -59,114 +33,61 @@ def test_eval_reports_accuracy_and_rates(tmp_path):
     assert found["tokens_per_forward"] == pytest.approx(sum(line["new_tokens"] for line in lines) / passes)
     assert found["threshold"] == 0.95 and found["tokens_per_second"] > 0 and found["stopped_by_length"] == 0
     assert found["answers_from"] == {"####": 6}
-    assert "; answers from ####: 6" in run("eval", source).stdout
-
-
-def test_eval_goes_on_where_it_stopped_and_repeats_byte_for_byte(tmp_path):
-    source, out = problems_file(tmp_path), tmp_path / "out.jsonl"
-    assert run("eval", source, "--output", out).exit_code == 0
-    whole = out.read_bytes()
-    for cut in (len(whole) // 2, len(whole) // 3, 10, 0):  # in the middle of a line
-        out.write_bytes(whole[:cut])
-        assert run("eval", source, "--output", out).exit_code == 0
-        assert out.read_bytes() == whole
-    assert run("eval", source, "--output", out).exit_code == 0 and out.read_bytes() == whole
-    other = run("eval", source, "--output", out, "--threshold", 0.5)
-    assert other.exit_code == 2 and "threshold 0.9, not 0.5" in other.stderr and out.read_bytes() == whole
-    other = run("eval", "--count", 3, "--output", out)
-    assert other.exit_code == 2 and "other problems" in other.stderr and out.read_bytes() == whole
-    narrow = run("eval", source, "--output", out, "--dtype", "bfloat16")
-    assert (
-        narrow.exit_code == 2
-        and "dtype torch.float32, not torch.bfloat16" in narrow.stderr
-        and out.read_bytes() == whole
-    )
-    out.write_text("a note without a newline")
-    assert (
-        run("eval", source, "--output", out).exit_code == 2 and out.read_text() == "a note without a newline"
-    )
-
-
-def test_eval_does_not_take_up_the_answers_of_other_weights(tmp_path):
-    source, out, folder = problems_file(tmp_path, 2), tmp_path / "out.jsonl", tmp_path / "model"
-    shutil.copytree(ROOT / "tiny" / "checkpoint", folder)
-    assert run("eval", source, "--model", folder, "--output", out).exit_code == 0
-    model, tokenizer = load(folder, "cpu")
-    save(model, tokenizer, folder)  # as a training that was run again does
-    again = run("eval", source, "--model", folder, "--output", out)
-    assert again.exit_code == 2 and "holds answers with weights" in again.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_eval_writes_regular_files_only_and_says_so_first(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(cli, "open_model", lambda **given: pytest.fail("something ran"))
-    for target, message in (
-        (tmp_path / "fifo", "no regular file"),
-        (tmp_path / "no" / "x", "does not exist"),
-    ):
-        result = run("eval", "--count", 1, "--output", target)
-        assert result.exit_code == 2 and message in result.stderr
-
-
-def test_eval_refuses_more_problems_than_memory_holds(monkeypatch):
-    monkeypatch.setattr(cli, "read_problems", lambda *given: pytest.fail("it makes them all"))
-    result = run("eval", "--count", 10**9)
-    assert result.exit_code == 2 and "--count" in result.stderr
-
-
-def test_eval_refuses_problems_without_an_answer(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"question": "?", "answer": "3"}\n{"question": "?"}\n')
-    result = run("eval", tmp_path / "p.jsonl")
-    assert result.exit_code == 2 and "line 2" in result.stderr
+    text = run("eval", source, "--output", out, "--threshold", 0.95)  # the score of the file that is there
+    assert f"{100 * found['accuracy']:.1f}% (standard error" in text.stdout
+    assert "; answers from ####: 6" in text.stdout and "tokens/s" not in text.stdout
 
 
 def test_eval_takes_the_held_out_set_by_default():
-    assert json.loads(run("eval", "--count", 3, "--json").stdout)["problems"] == 3
-
-
-def test_ctrl_c_without_a_file_prints_the_score_so_far(tmp_path, monkeypatch):
-    in_order = cli.in_order
-    monkeypatch.setattr(cli, "in_order", lambda *given: itertools.islice(in_order(*given), 2))
-    result = run("eval", problems_file(tmp_path, 3))
-    assert result.exit_code == 130 and "of 2" in result.stdout
-    assert "2 of 3 answers count" in result.stderr and "written" not in result.stderr
-
-
-def test_eval_names_what_differs_and_a_second_run_at_once_says_so(tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    source, out = problems_file(tmp_path, 2), tmp_path / "out.jsonl"
-    assert run("eval", source, "--output", out).exit_code == 0
-    whole = out.read_bytes()
-    other = run("eval", source, "--output", out, "--threshold", 0.5)
-    assert other.exit_code == 2 and "threshold 0.9, not 0.5" in other.stderr
-    with out.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        second = run("eval", source, "--output", out)
-    assert second.exit_code == 2 and "another run is writing it" in second.stderr
-    assert out.read_bytes() == whole
+    assert run_json("eval", "--count", 3, "--max-new-tokens", 9)["problems"] == 3
 
 
 # --- sweep ---
 
+FEW = ["sweep", "--count", 2, "--sub-block-sizes", "32", "--max-new-tokens", 40]
 
-def test_sweep_marks_what_nothing_else_beats_and_recommends():
-    found = json.loads(
-        run("sweep", "--count", 4, "--thresholds", "0.5,1", "--sub-block-sizes", "8,32", "--json").stdout
-    )
-    rows = found["rows"]
-    assert [row["block_size"] for row in rows] == [1, 1, 32, 32, 32, 32] and rows[0]["speed_up"] == 1
-    assert rows[1]["verify"] and rows[1]["accuracy"] == rows[0]["accuracy"] and rows[1]["drop"] == 0
+
+@pytest.fixture(scope="module")
+def swept():
+    return run_json(*FEW, "--thresholds", "0.5,1", "--verify")  # which is run anyway
+
+
+def test_sweep_measures_each_choice_and_marks_what_nothing_else_beats(swept):
+    rows = swept["rows"]
+    assert [row["block_size"] for row in rows] == [1, 1, 32, 32] and rows[0]["speed_up"] == 1
+    assert rows[1]["verify"] and rows[1]["identical"] and rows[1]["drop"] == 0
     for row in rows:
         merit = row["accuracy"], row["tokens_per_second"]
         beaten = any(
             o["accuracy"] >= merit[0] and o["tokens_per_second"] >= merit[1] and o is not row for o in rows
         )
         assert row["best"] != beaten
-    assert found["recommended"] in (rows[0], *(row for row in rows if row["drop_upper"] <= 0.01))
-    assert [area["sub_block_size"] for area in found["aup"]] == [8, 32]
-    table = run("sweep", "--count", 2, "--thresholds", "0.9", "--sub-block-sizes", "8").stdout.splitlines()
-    assert len(table) >= 6 and any(line.startswith("For 95% sure within 1 points of AR, ") for line in table)
+    assert swept["recommended"] in (rows[0], *(row for row in rows if row["drop_upper"] <= 0.01))
+
+
+def test_few_problems_leave_ar_the_choice_and_the_table_names_its_columns():
+    columns, *rows, advice = run(*FEW, "--thresholds", "0.9", "--max-drop", 0).stdout.splitlines()[:5]
+    assert columns.split()[:6] == ["decoder", "threshold", "block", "sub-block", "cache", "accuracy"]
+    assert [" ".join(row.split()[:5]) for row in rows] == [
+        "AR - - - -",
+        "verify - - - -",
+        "blocks 0.9 32 32 block",
+    ]
+    assert advice == "AR stays the choice: nothing that is faster is for 95% sure within 0 points of AR."
+
+
+def test_sweep_recommends_what_is_sure_and_says_what_more_problems_would_show(swept, capsys):
+    ar, verify, low, high = (row | {"speed_up": 2 + i} for i, row in enumerate(swept["rows"]))
+    low, high = (
+        low | {"threshold": 0.5, "problems_needed": 400},
+        high | {"threshold": 1.0, "problems_needed": None},
+    )
+    evaluate.print_table([ar, verify, low, high], verify, "within 1 points of AR")
+    said = capsys.readouterr().out
+    assert "For 95% sure within 1 points of AR, the fastest is --verify: 3.00 times AR." in said
+    assert "--verify wrote AR's answers at 3.00 times AR's speed." in said
+    hope = "--threshold 0.5 --block-size 32 --sub-block-size 32 --cache block is faster, 4.00 times AR"
+    assert f"{hope}, and may be within 1 points of AR: --count 400 would show it." in said
 
 
 def test_sweep_refuses_sizes_that_fit_nothing():
@@ -174,31 +95,13 @@ def test_sweep_refuses_sizes_that_fit_nothing():
     assert result.exit_code == 2 and "No sub-block size divides" in result.stderr
     assert "Note: sub-block size 5 does not divide block size 32; left out." in result.stderr
     for flags in (
-        ["--sub-block-sizes", "0"],
-        ["--thresholds", "nan"],
-        ["--max-drop", "nan"],
-        ["--max-drop", "-1"],
+        "--sub-block-sizes 0",
+        "--block-sizes 1",
+        "--thresholds 0.5,2",
+        "--max-drop nan",
+        "--max-drop -1",
     ):
-        result = run("sweep", "--count", 1, *flags)
-        assert result.exit_code == 2 and "Error: " in result.stderr and flags[0] in result.stderr
-
-
-def test_a_recommendation_needs_enough_problems():
-    """Ten right answers of ten do not show that at most 1 in 100 is lost; a thousand of a thousand do."""
-    few, many = (judging.paired_drop([True] * n, [True] * n, 0.01) for n in (10, 1000))
-    assert few["drop"] == many["drop"] == 0
-    assert few["drop_upper"] > 0.01 and 300 < few["problems_needed"] < 600
-    assert many["drop_upper"] < 0.01 and many["problems_needed"] is None
-    worse = judging.paired_drop([True] * 1000, [True] * 955 + [False] * 45, 0.01)
-    assert worse["drop"] == 0.045 and worse["drop_upper"] > 0.045 and worse["problems_needed"] is None
-
-
-def test_the_binomial_bound_is_where_so_few_successes_get_rare():
-    assert judging.binomial_bound(0, 100, 0.05) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-6)
-    assert judging.binomial_bound(5, 20, 0.025) == pytest.approx(
-        0.4910, abs=1e-3
-    )  # Clopper and Pearson's table
-    assert judging.binomial_bound(20, 20) == 1
+        assert flags.split()[0] in mistake("sweep", "--count", 1, *flags.split())
 
 
 # --- info ---
@@ -206,17 +109,25 @@ def test_the_binomial_bound_is_where_so_few_successes_get_rare():
 
 def test_info_describes_a_checkpoint_without_its_weights(tmp_path, shipped):
     model, tokenizer = shipped
-    folder = shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path / "copy")
-    (folder / "model.safetensors").unlink()
-    found = json.loads(run("info", "--model", folder, "--json").stdout)
+    copy = shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    found = run_json("info", "--model", copy)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["block_size"] == 32 and found["kind"] == "block diffusion"
-    assert found["mask_token"] == f"{tokenizer.id('|<MASK>|')} |<MASK>|"
+    assert found["mask_token"] == f"{tokenizer.id('|<MASK>|')} '|<MASK>|'"
+    ids = tokenizer.chat([user("?")])
+    assert [int(shown.split()[0]) for shown in found["a_chat_ends_in"]] == ids[-6:]
+    assert found["chat_template"] == "tokenizer_config.json"
+    assert found["default_system_message"] == tokenizer.default_system()
     assert found["weights_mib"] == pytest.approx(found["parameters"] * 4 / 2**20)
     assert found["cache_mib_per_1024_tokens"] == 2 * 4 * 2 * 32 * 4 / 1024
-    assert "block diffusion" in run("info", folder).stdout
-    both = run("info", folder, "--model", folder)
-    assert both.exit_code == 2 and "give one of them" in both.stderr
+    lines = run("info", copy).stdout.splitlines()
+    assert all(len(line.split("  ")) > 1 and line.split("  ")[-1].strip() for line in lines)  # no blanks
+    assert "give one of them" in mistake("info", copy, "--model", copy)
+
+
+def test_info_refuses_a_folder_without_checkpoint(tmp_path):
+    assert "config.json is missing" in mistake("info", tmp_path)
 
 
 # --- chat ---
@@ -225,12 +136,8 @@ def test_info_describes_a_checkpoint_without_its_weights(tmp_path, shipped):
 def test_chat_answers_keeps_its_cache_and_saves(tmp_path, shipped):
     model, tokenizer = shipped
     saved = tmp_path / "talk.json"
-    result = run(
-        "chat",
-        "--max-new-tokens",
-        60,
-        stdin=f"{QUESTION}\n/stats\nAnd now?\n/save {saved}\n/clear\n/stats\n/x\n/exit\nno\n",
-    )
+    lines = [QUESTION, "/stats", "And now?", f"/save {saved}", "/clear", "/stats", "/exit", "no"]
+    result = run("chat", "--max-new-tokens", 60, stdin="\n".join(lines))
     assert result.exit_code == 0
     messages = json.loads(saved.read_text())["messages"]
     assert [m["content"] for m in messages[::2]] == [QUESTION, "And now?"]
@@ -239,49 +146,88 @@ def test_chat_answers_keeps_its_cache_and_saves(tmp_path, shipped):
         assert messages[turn]["content"] == tokenizer.decode(fresh.tokens)
         assert tokenizer.decode(fresh.tokens) in result.stdout
     assert "32 of 1024 positions are in the cache" in result.stderr and "0 of 1024" in result.stderr
-    assert "Commands: " in result.stderr and "no" not in result.stdout.splitlines()
+    assert "no" not in result.stdout.splitlines()
 
 
 def test_chat_survives_odd_lines_and_names(tmp_path):
     place = os.fsencode(tmp_path)
-    lines = [QUESTION.encode(), b"/system \xff", b"/save .", b"/save " + place, b"/save %s/talk" % place]
-    result = run("chat", stdin=b"\n".join([*lines, b"/exit", b""]))
-    assert result.exit_code == 0 and not result.exception
-    assert "no UTF-8" in result.stderr and "name another" in result.stderr and str(tmp_path) in result.stderr
-    assert json.loads((tmp_path / "talk").read_text())["messages"][0]["content"] == QUESTION
+    lines = [
+        b"/system \xff",
+        b"/save .",
+        b"/save " + place,
+        b"/save a\0b",
+        b"/save",
+        b"/save %s/talk" % place,
+    ]
+    result = run("chat", stdin=b"\n".join(lines))
+    assert result.exit_code == 0 and result.stderr.count("Error: ") == 5
+    assert "no UTF-8" in result.stderr and f"/save {tmp_path}: is a folder" in result.stderr
+    assert json.loads((tmp_path / "talk").read_text()) == {"messages": []}
 
 
-def test_chat_says_when_the_conversation_is_too_long(shipped):
-    model, tokenizer = shipped
-    talk = cli.Chat(model, tokenizer, Decoding().resolve(model.config), None)
+@pytest.fixture
+def talk(shipped):
+    return chat.Chat(*shipped, Decoding().resolve(shipped[0]), None)
+
+
+def test_chat_says_when_the_conversation_is_too_long(talk):
     with pytest.raises(InputError, match="outgrown the model's 1024 positions; /clear"):
         talk.answer("apples " * 1100)
     assert talk.messages == []
 
 
-@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit"])
-def test_words_that_end_a_chat(word):
-    result = run("chat", stdin=f"{word}\n/stats\n")
-    assert result.exit_code == 0 and "tokens" not in result.stderr
-
-
-def test_chat_greets_helps_and_confirms():
-    result = run("chat", stdin="/help\n/system Be brief.\n/system\n/clear\n/save a\0b\n/save\n")
-    assert result.exit_code == 0 and result.stderr.count("Commands: ") == 2  # the banner's and /help's
-    assert str(cli.SHIPPED) in result.stderr and "word problems only" in result.stderr
-    assert (
-        "The system message is now: Be brief." in result.stderr and "no system message now" in result.stderr
-    )
-    assert "The conversation is cleared." in result.stderr
-    assert "no file's name" in result.stderr and "/save needs a file's name" in result.stderr
-
-
-def test_an_answer_that_was_cut_is_forgotten(shipped, monkeypatch, capsys):
-    model, tokenizer = shipped
-    talk = cli.Chat(model, tokenizer, Decoding().resolve(model.config), None)
-    monkeypatch.setattr(cli, "stream_answer", lambda *given: Result(tokens=[5, 6]))
+def test_an_answer_that_was_interrupted_is_forgotten(talk, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "stream_answer", lambda steps, *given: next(steps) and Result(tokens=[5, 6]))
     talk.answer(QUESTION)
     assert talk.messages == [] and "forgotten" in capsys.readouterr().err
+
+
+def test_chat_greets_helps_and_says_what_each_command_did():
+    for word in ("exit", "quit", "/exit", "/quit"):
+        result = run("chat", stdin=f"/help\n/system Be brief.\n/system\n/clear\n/foo\n{word}\n/stats\n")
+        assert result.exit_code == 0 and "tokens" not in result.stderr
+    assert result.stderr.count("Commands: ") == 3  # the greeting's, /help's and /foo's
+    assert str(console.SHIPPED) in result.stderr
+    assert "solves one word problem" in result.stderr and "/clear before another one" in result.stderr
+    assert "The system message is now 'Be brief.'." in result.stderr
+    assert "The system message is now empty." in result.stderr
+    assert "The conversation is cleared." in result.stderr and "unknown command /foo" in result.stderr
+
+
+@pytest.mark.parametrize("given, line", [(["--system", ""], ""), ([], "/system\n")])
+def test_an_empty_system_message_is_said_like_any_other(tmp_path, given, line):
+    run("chat", *given, "--max-new-tokens", 1, stdin=f"{line}hi\n/save {tmp_path / 'talk'}\n")
+    assert json.loads((tmp_path / "talk").read_text())["messages"][0] == {"role": "system", "content": ""}
+
+
+@pytest.mark.parametrize("decoding", [
+    Decoding(), Decoding(cache="dual"), Decoding(cache="none"), Decoding(block_size=1), Decoding(block_size=8), Verified(), Verified(draft_ahead=True),
+])  # fmt: skip
+def test_a_kept_cache_gives_the_answers_of_an_empty_one(shipped, decoding):
+    """Also where a later prompt parts from what is kept, as where a template rewrites earlier turns."""
+    model, tokenizer = shipped
+    decoding, kept = replace(decoding, max_new_tokens=40).resolve(model), chat.ChatCache()
+    asked, text = user(QUESTION), {"role": "assistant", "content": "In the bag."}
+    other = text | {"content": "There are 12 - 7 = 5."}
+    talks = [[asked], [asked, text, asked], [asked, other, asked], [asked]]
+    for talk in talks:
+        prompt, result = tokenizer.chat(talk), Result()
+        for step in kept.decode(model, prompt, decoding):
+            assert result.passes or step.start % decoding.block_size == 0  # whole blocks are kept
+            result.add(step)
+        assert result.tokens == generate(model, [prompt], decoding)[0].tokens
+        whole = [*prompt, *result.tokens]  # drafts may be kept that lie behind the answer's end
+        assert kept.tokens[: len(whole)] == whole[: len(kept.tokens)]
+    assert bool(kept.tokens) == (decoding.cache != "none")
+
+
+def test_a_second_turn_runs_only_what_is_new(shipped):
+    model, tokenizer = shipped
+    decoding, kept = Decoding().resolve(model), chat.ChatCache()
+    prompt = tokenizer.chat([user(QUESTION)])
+    answer = [token for step in kept.decode(model, prompt, decoding) for token in step.final]
+    finished = len(kept.tokens)
+    assert next(kept.decode(model, [*prompt, *answer, *prompt], decoding)).start == finished >= 32
 
 
 # --- Watch and trace ---
@@ -308,36 +254,72 @@ def screen(text, width):
     return "\n".join("".join(line) for line in rows)
 
 
-@pytest.mark.parametrize("width", [30, 80])
-@pytest.mark.parametrize("colour", [True, False])
-def test_watch_ends_with_the_answer_on_the_screen(shipped, monkeypatch, width, colour):
+def shown_steps(shipped, monkeypatch, width, decoding, question=QUESTION):
+    """What `watch` draws of an answer, and the steps that it hands on."""
     model, tokenizer = shipped
     monkeypatch.setenv("COLUMNS", str(width))
+    prompt, shown = tokenizer.chat([user(question)]), []
+    steps = decode(model, [prompt], decoding)
+    steps = list(terminal.watch(tokenizer, steps, len(prompt), model.config.mask_token_id, shown.append))
+    return steps, shown
+
+
+@pytest.mark.parametrize("width, colour", [(36, True), (80, True), (80, False)])
+def test_watch_ends_with_the_answer_and_a_key_on_the_screen(shipped, monkeypatch, width, colour):
+    model, tokenizer = shipped
     monkeypatch.delenv("NO_COLOR", raising=False)
     if not colour:
         monkeypatch.setenv("NO_COLOR", "1")
-    prompt, shown = tokenizer.chat([{"role": "user", "content": QUESTION}]), []
-    steps = decode(model, [prompt], Decoding())
-    steps = list(terminal.watch(tokenizer, steps, len(prompt), model.config.mask_token_id, shown.append))
-    [result] = generate(model, [prompt], Decoding())
-    answer = tokenizer.decode(result.tokens)
-    lines = terminal.wrapped([(answer, None)], width - 1)
-    assert screen("".join(shown), width) == "\n".join("".join(c for c, _ in line) for line in lines)
+    steps, shown = shown_steps(shipped, monkeypatch, width, Decoding())
+    [result] = generate(model, [tokenizer.chat([user(QUESTION)])], Decoding())
+    lines = terminal.wrapped([(tokenizer.decode(result.tokens), None)], width - 1)
+    *drawn, key = screen("".join(shown), width).split("\n")
+    assert drawn == ["".join(c for c, _ in line) for line in lines]
+    passes = result.forward_passes
+    assert f"{terminal.BLANK} a mask, {passes} passes, revealed".startswith(key[:25])
+    assert width < 80 or key.endswith(" ".join(map(str, range(passes, 0, -1))))
     assert terminal.BLANK in "".join(shown[:-1]) and ("\x1b[38;5;" in "".join(shown)) == colour
     assert [token for step in steps for token in step.final] == result.tokens
 
 
+def test_watchs_key_gives_each_passs_number_in_its_colour(shipped, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    steps, shown = shown_steps(shipped, monkeypatch, 80, Decoding())
+    answer, _, key = shown[-1].rpartition("\n")
+    colours = lambda text: dict(re.findall(r"\x1b\[38;5;(\d+)m(.*?)\x1b", text))
+    numbers = {colour: text for colour, text in colours(key).items() if colour != str(terminal.GREY)}
+    assert set(numbers) == set(colours("".join(shown)[: -len(key)])) - {str(terminal.GREY)}
+    assert all(terminal.RAMP[int(number)] == int(colour) for colour, number in numbers.items())
+
+
 def test_watch_crosses_refused_drafts_out_until_the_next_pass(shipped, monkeypatch):
     model, tokenizer = shipped
-    monkeypatch.setenv("COLUMNS", "80")
-    prompt, shown = tokenizer.chat([{"role": "user", "content": "3+4"}]), []
-    steps = decode(model, [prompt], Decoding(verify=True, draft_width=16))
-    steps = list(terminal.watch(tokenizer, steps, len(prompt), model.config.mask_token_id, shown.append))
+    steps, shown = shown_steps(shipped, monkeypatch, 80, Verified(draft_width=16), "3+4")
     crossed = ["".join(re.findall(r"\x1b\[9[\d;]*m(.*?)\x1b", text)) for text in shown]
-    refused = [tokenizer.decode([draft.token for draft in step.refused]) for step in steps[:-1]]
-    assert crossed == [*(text.replace("\n", "") for text in refused), ""] and any(crossed)
-    [result] = generate(model, [prompt], Decoding(block_size=1))
-    assert screen("".join(shown), 80) == tokenizer.decode(result.tokens)
+    refused = [terminal.refused_drafts(step, model.config.mask_token_id) for step in steps[:-1]]
+    texts = [tokenizer.decode([token for _, token in drafts]).replace("\n", "") for drafts in refused]
+    assert crossed == [*texts, ""] and any(crossed)
+    [result] = generate(model, [tokenizer.chat([user("3+4")])], Decoding(block_size=1))
+    assert screen("".join(shown), 80).rpartition("\n")[0] == tokenizer.decode(result.tokens)
+
+
+def verify_step(tokens, revealed, final, finish_reason=None):
+    sees = [Sees(i, i + 1) for i in range(len(tokens))]
+    guesses = [Guess(i + 1, token, 1.0) for i, token in enumerate(revealed)]
+    positions = list(range(1, len(tokens) + 1))
+    after = {"revealed": guesses, "final": final, "finish_reason": finish_reason}
+    return Step("verify", 0, tokens, sees, positions, positions, torch.empty(0), 0, **after)
+
+
+def test_refused_drafts_are_those_that_ar_does_not_choose_up_to_the_answers_end():
+    mask = 99  # the drafts are 5, 6, 7; masks behind them draft ahead
+    tokens = [4, 5, 6, 7, *[mask] * 4]
+    assert terminal.refused_drafts(verify_step(tokens, [5, 8], [5, 8]), mask) == [(2, 6), (3, 7)]
+    assert terminal.refused_drafts(verify_step(tokens, [5, 6, 7, 8], [5, 6, 7, 8]), mask) == []
+    assert terminal.refused_drafts(verify_step(tokens, [5, 8], [5, 8], "stop"), mask) == [(2, 6)]
+    ended = verify_step(tokens, [5, 6, 8], [5], "stop")  # by token 5
+    assert terminal.refused_drafts(ended, mask) == []
+    assert terminal.refused_drafts(replace(verify_step(tokens, [5], [5]), kind="draft"), mask) == []
 
 
 @pytest.mark.parametrize("draft", ["\n\n", "\n\nZoe", "\nZoe", " Zoe"])
@@ -345,12 +327,11 @@ def test_refused_drafts_do_not_take_known_text_with_them(monkeypatch, draft):
     monkeypatch.setenv("COLUMNS", "80")
     texts, shown = ["five cards", " in", draft], []
     monkeypatch.setattr(terminal, "token_texts", lambda _, ids, special: [texts[i] for i in ids])
-    verify = lambda token, **more: Pass(
-        "verify", token, [], [], [], None, 0, revealed=[Revealed(token, token, 1.0)], final=[token], **more
-    )
-    passes = [verify(0, refused=[Revealed(1, 2, 0.5)]), verify(1, finish_reason="length")]
-    list(terminal.watch(None, passes, 0, None, shown.append))
-    assert draft.strip("\n") in shown[0] and screen("".join(shown), 80) == "five cards in"
+    first, last = verify_step([9, 2], [0], [0]), verify_step([0], [1], [1], "length")
+    last.revealed = [Guess(2, 1, 1.0)]
+    list(terminal.watch(None, [first, last], 1, None, shown.append))
+    assert draft.strip("\n") in shown[0]
+    assert screen("".join(shown), 80).startswith(f"five cards in\n{terminal.BLANK} a mask, 2 passes")
 
 
 def test_wide_characters_wrap_and_control_characters_do_not_steer_the_terminal():
@@ -358,35 +339,18 @@ def test_wide_characters_wrap_and_control_characters_do_not_steer_the_terminal()
     assert ["".join(c for c, _ in line) for line in lines] == ["世界", "世界a", "\ufffd[2Jb\u0301"]
 
 
-def test_words_are_not_broken_where_a_line_has_room():
-    lines = terminal.wrapped([("an appl", 1), ("etree or two", 2), (" abcdefghijklm", 3)], 10)
-    text = ["".join(character for character, _ in line).rstrip() for line in lines]
-    assert text == ["an", "appletree", "or two", "abcdefghij", "klm"]
-    assert [mark for _, mark in lines[1]][:5] == [1, 1, 1, 1, 2]
-
-
-def test_watch_waits_after_each_pass_but_the_last(shipped, monkeypatch):
+def test_speed_and_times_of_passes_are_of_decoding_and_not_of_showing(shipped, monkeypatch):
     model, tokenizer = shipped
-    waits = []
-    monkeypatch.setattr(terminal.time, "sleep", waits.append)
-    prompt = tokenizer.chat([{"role": "user", "content": QUESTION}])
-    passes = decode(model, [prompt], Decoding())
-    passes = terminal.watch(
-        tokenizer, passes, len(prompt), model.config.mask_token_id, lambda text: None, 0.25
-    )
-    count = len(list(passes))
-    assert waits == [0.25] * (count - 1)
-
-
-def test_the_times_of_passes_are_of_decoding_and_not_of_showing(shipped, monkeypatch):
-    model, tokenizer = shipped
-    clock = [0.0]  # only waiting takes time
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
-    prompt, kept = tokenizer.chat([{"role": "user", "content": QUESTION}]), []
-    decoding = Decoding().resolve(model.config)
-    cli.stream_answer(model, tokenizer, prompt, decoding, None, lambda text: None, delay=0.25, keep=kept)
-    assert clock[0] == 0.25 * (len(kept) - 1) > 0 and [seconds for _, seconds in kept] == [0.0] * len(kept)
+    clock, waits = [0.0], []  # only waiting takes time
+    monkeypatch.setattr(prompts.time, "perf_counter", lambda: clock[0])
+    sleep = lambda seconds: waits.append(clock.append(clock.pop() + seconds))
+    monkeypatch.setattr(terminal.time, "sleep", sleep)
+    prompt, times = tokenizer.chat([user(QUESTION)]), []
+    steps = prompts.timed(decode(model, [prompt], Decoding()), times)
+    steps = terminal.watch(tokenizer, steps, len(prompt), model.config.mask_token_id, lambda text: None, 0.25)
+    prompts.stream_answer(steps, tokenizer, lambda text: None)
+    assert len(waits) == len(times) - 1  # it waits after each pass but the last
+    assert clock[0] == 0.25 * len(waits) > 0 and [seconds for _, seconds in times] == [0.0] * len(times)
 
 
 def test_watch_is_plain_text_where_standard_output_is_no_terminal():
@@ -395,56 +359,54 @@ def test_watch_is_plain_text_where_standard_output_is_no_terminal():
 
 def trace_data(page):
     return json.loads(
-        re.search(r'<script id="trace" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
+        page.partition('<script id="trace" type="application/json">')[2].partition("</script>")[0]
     )
 
 
-def test_trace_holds_every_pass_and_token(tmp_path, shipped):
-    out = tmp_path / "trace.html"
-    answer = run("generate", QUESTION, "--trace", out).stdout
-    data = trace_data(out.read_text())
-    assert "".join(token["text"] for token in data["tokens"]) == answer[:-1] + "<|im_end|>"
-    found = json.loads(run("generate", QUESTION, "--json").stdout)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """What `--trace` writes for the question."""
+    out = tmp_path_factory.mktemp("trace") / "trace.html"
+    result = run("generate", QUESTION, "--trace", out)
+    assert f"wrote {out}, open it in a browser" in result.stderr
+    return out.read_text()
+
+
+def test_trace_holds_every_pass_and_token(page):
+    data = trace_data(page)
+    found = run_json("generate", QUESTION)
+    assert "".join(token["text"] for token in data["tokens"]) == found["text"] + "<|im_end|>"
     kinds = [step["kind"] for step in data["passes"]]
     assert {kind: kinds.count(kind) for kind in kinds} == found["passes"]
     for token in data["tokens"]:
-        assert token["runner_up"]["text"] != token["text"] and 0 < token["confidence"] <= 1
-        assert (
-            data["passes"][token["pass"]]["start"]
-            <= token["position"]
-            <= data["passes"][token["pass"]]["stop"]
-        )
-    assert not re.search(
-        r"(src|href)=(?!.data:)|https?://|@import|fetch\(", out.read_text().replace("http://www.w3.org", "")
-    )
+        window = data["passes"][token["pass"]]
+        assert 0 < token["confidence"] <= 1 and window["start"] <= token["position"] <= window["stop"]
+    own = page.replace("http://www.w3.org", "")  # nothing is fetched
+    assert not re.search(r"(src|href)=(?!.data:)|https?://|@import|fetch\(", own)
 
 
-def test_trace_holds_the_answer_of_ar_decoding_and_times(tmp_path):
-    run("generate", QUESTION, "--trace", tmp_path / "trace.html")
-    data = trace_data((tmp_path / "trace.html").read_text())
+def test_trace_holds_the_answer_of_ar_decoding_and_times(page):
+    data = trace_data(page)
     answer = run("generate", QUESTION, "--block-size", 1).stdout
     assert "".join(token["text"] for token in data["ar"]["tokens"]) == answer[:-1] + "<|im_end|>"
     for lane in (data, data["ar"]):
-        times = [pass_["seconds"] for pass_ in lane["passes"]]
+        times = [step["seconds"] for step in lane["passes"]]
         assert times == sorted(times) and times[-1] > 0
     assert (data["block_size"], data["sub_block_size"], data["threshold"]) == (32, 8, 0.9)
 
 
-def test_trace_shows_the_options_that_acted():
-    page = lambda **how: trace_data(trace.trace_page(None, [1], [], [], "", Decoding(**how)))["options"]
-    assert page(accept="prefix").items() >= {"accept": "prefix", "threshold": 0.9, "block_size": None}.items()
-    assert page(verify=True, draft_width=4) == {"verify": True, "draft_width": 4}
+def test_trace_shows_the_options_that_acted(shipped):
+    page = lambda decoding: trace_data(trace.trace_page(None, [1], [], [], "", decoding, None))["options"]
+    blocks = {"threshold": 0.9, "block_size": 32, "sub_block_size": 8}
+    assert page(Decoding(accept="prefix").resolve(shipped[0])) == blocks | {"accept": "prefix"}
+    assert page(Verified(draft_width=4).resolve(shipped[0])) == {"verify": True, "draft_width": 4}
 
 
 def test_trace_holds_what_verification_refused(shipped):
     model, tokenizer = shipped
-    prompt = tokenizer.chat([{"role": "user", "content": QUESTION}])
-    pass_ = next(decode(model, [prompt], Decoding()))
-    draft = pass_.revealed[0]._replace(token=tokenizer.encode("7")[0])
-    [window] = trace.lane(tokenizer, [(replace(pass_, refused=[draft]), 0.5)])["passes"]
-    assert window["seconds"] == 0.5
-    expected = {"position": draft.position, "text": "7", "confidence": draft.confidence}
-    assert window["refused"] == [expected]
+    known, draft, other = (tokenizer.encode(text)[0] for text in ("3", "7", "8"))
+    [window] = trace.lane(tokenizer, [(verify_step([known, draft], [other], [other]), 0.5)], 99)["passes"]
+    assert window["seconds"] == 0.5 and window["refused"] == [{"position": 1, "text": "7"}]
 
 
 def test_trace_escapes_whatever_stands_in_the_text(tmp_path):
@@ -453,13 +415,11 @@ def test_trace_escapes_whatever_stands_in_the_text(tmp_path):
     assert run("generate", evil, "--trace", out, "--max-new-tokens", 5).exit_code == 0
     data = out.read_text().partition('type="application/json">')[2].partition("</script>")[0]
     assert not set("<>&") & set(data) and evil in json.loads(data)["prompt"]
-    missing = run("generate", "hi", "--trace", tmp_path / "no" / "x.html")
-    assert missing.exit_code == 2 and "does not exist" in missing.stderr
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-def test_trace_page_runs_in_a_browser_and_its_slider_moves(tmp_path):
-    run("generate", QUESTION, "--trace", tmp_path / "trace.html")
+def test_trace_page_runs_in_a_browser_and_its_slider_moves(page, tmp_path):
+    (tmp_path / "trace.html").write_text(page)
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     )

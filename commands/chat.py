@@ -1,0 +1,131 @@
+"""A conversation in a terminal: `cli.py chat`. Finished blocks stay in the cache from turn to turn."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+
+import click
+
+from checkpoint import Tokenizer, replace_file
+from commands.console import SAMPLE, SHIPPED, require_writable, sentence_of
+from commands.prompts import rates, stream_answer, summary_line, timed
+from fastdllm import Decoding, InputError, KVCache, Qwen2, Step, decode, require
+
+with suppress(ImportError):  # a history and editing keys for `input`, where the system has them
+    import readline  # noqa: F401
+
+HELP = "Commands: /clear, /system TEXT, /stats, /save FILE, /help, /quit. Ctrl-C stops an answer."
+DEMO = "The demo model solves one word problem, and a further question about it; /clear before another one."
+
+
+class ChatCache:
+    """Keys and values that are final, kept from one prompt to the next, which begins as the last one did."""
+
+    def __init__(self):
+        self.cache, self.tokens = None, []  # tokens: those whose keys and values are kept
+
+    def decode(self, model: Qwen2, prompt: list[int], decoding: Decoding) -> Iterator[Step]:
+        """`fastdllm.decode` of one prompt, from the first block on that differs from the last prompt."""
+        size = decoding.block_size
+        equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, prompt)))
+        self.tokens = self.tokens[: equal // size * size]
+        self.cache = self.cache or KVCache(model.config, 1, len(prompt), model.weight)
+        for step in decode(model, [prompt], decoding, cache=self.cache, cached=len(self.tokens)):
+            if decoding.cache != "none" and step.committed > len(self.tokens):
+                self.tokens[step.start :] = step.tokens[: step.committed - step.start]
+            yield step
+
+
+class Chat:
+    """A conversation, and what it has cost. `system` None: what the template writes by itself."""
+
+    def __init__(self, model: Qwen2, tokenizer: Tokenizer, decoding: Decoding, system: str | None):
+        self.model, self.tokenizer, self.decoding, self.system = model, tokenizer, decoding, system
+        self.clear()
+
+    def clear(self) -> None:
+        self.turns, self.cache, self.results, self.seconds = [], ChatCache(), [], 0.0
+
+    @property
+    def messages(self) -> list[dict]:
+        return [{"role": "system", "content": self.system}] * (self.system is not None) + self.turns
+
+    def run(self, name: str) -> None:
+        """Read lines until /quit or the input ends; Ctrl-C ends a line or an answer, never the program.
+
+        name: the model's, as it was given.
+        """
+        demo = Path(name).resolve() == SHIPPED.resolve()
+        click.echo(f"{name}: {HELP}" + f"\n{DEMO} Try: {SAMPLE}" * demo, err=True)
+        sys.stdin.reconfigure(errors="surrogateescape")  # an invalid byte spoils its own line only
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+                require(not re.search("[\ud800-\udfff]", line), "The line is no UTF-8 text.")
+                if line in ("/exit", "/quit", "exit", "quit"):
+                    return
+                self.turn(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                click.echo(err=True)
+            except (InputError, OSError) as error:
+                click.echo(f"Error: {sentence_of(error)}", err=True)
+
+    def turn(self, line: str) -> None:
+        """One line: a command, which says what it did, or something to answer."""
+        name, _, rest = line.partition(" ")
+        rest, said = rest.strip(), HELP
+        if not line.startswith("/"):
+            return self.answer(line) if line else None
+        if name == "/clear":
+            self.clear()
+            said = "The conversation is cleared."
+        elif name == "/system":
+            self.system = rest
+            said = f"The system message is now {rest!r}." if rest else "The system message is now empty."
+        elif name == "/stats":
+            room = self.model.config.max_position_embeddings
+            said = summary_line(rates(self.results, self.seconds))
+            said += f"; {len(self.cache.tokens)} of {room} positions are in the cache"
+        elif name == "/save":
+            require(rest and rest.isprintable(), "/save needs a file's name.")
+            require_writable(name, Path(rest))
+            content = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+            replace_file(Path(rest), partial(Path.write_text, data=content, encoding="utf-8"))
+            said = f"Saved to {rest}."
+        elif name != "/help":
+            said = f"Error: unknown command {name}. {HELP}"
+        click.echo(said, err=True)
+
+    def answer(self, question: str) -> None:
+        """One turn; an answer that Ctrl-C has cut is forgotten, with its question.
+
+        Raises InputError where there is no room for it.
+        """
+        turn = {"role": "user", "content": question}
+        prompt = self.tokenizer.chat([*self.messages, turn])
+        most = self.model.config.max_position_embeddings
+        room = most - len(prompt)
+        require(room > 0, f"The conversation has outgrown the model's {most} positions; /clear it.")
+        decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
+        times = []
+        steps = timed(self.cache.decode(self.model, prompt, decoding), times)
+        result = stream_answer(steps, self.tokenizer, partial(click.echo, nl=False))
+        click.echo()
+        self.results.append(result)
+        self.seconds += times[-1][1]
+        if not result.finish_reason:
+            click.echo("(interrupted; this question and its answer are forgotten)", err=True)
+            return
+        self.turns += [turn, {"role": "assistant", "content": self.tokenizer.decode(result.tokens)}]
+        if result.finish_reason == "length":
+            full = decoding.max_new_tokens == room
+            limit = "the model has no more positions" if full else "--max-new-tokens"
+            click.echo(f"(the answer was cut: {limit}; /clear forgets the conversation)", err=True)

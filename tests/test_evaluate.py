@@ -1,0 +1,83 @@
+"""Where the answer of a text is, how it is spelt, and how sure a comparison is."""
+
+import json
+
+import pytest
+
+from commands.evaluate import binomial_bound, final_answer, find_answer, paired_drop, read_problems
+from fastdllm import InputError
+
+
+@pytest.mark.parametrize("text, answer", [
+    # commas, currency, units, percent, minus
+    ("$9{,}500 left.", "9500"), ("−5", "-5"), ("−$1,200.50", "-1200.5"), ("-$5", "-5"), ("$-5", "-5"), (r"-\$5", "-5"),
+    (r"\$-5", "-5"), ("#### 10{,}080", "10080"), (r"10,\!080", "10080"), (r"\boxed{9\,500}", "9500"), ("1,000,000 people", "1000000"),
+    ("it costs $3 and 25%.", "25"), (r"\boxed{50\%}", "50"), (r"\boxed{10\text{ cm}^2}", "10"), ("#### 10 cm^2", "10"), ("#### $ 5", "5"),
+    (r"\boxed{\$18}", "18"), (r"= \boxed{\$ 9{,}500}", "9500"), ("USD 18", "18"), ("the answer is -3.", "-3"), ("(-5)", "-5"), (r"\boxed{x = -5}", "-5"),
+    ("10-5", "5"), ("10 - 5", "5"), ("1, 2, 3", "3"), ("at 10:30", "30"),
+    # decimals and fractions
+    ("from 3 to 5.0", "5"), ("0.5", "0.5"), ("it is .5", "0.5"), ("5.", "5"), ("#### -0.0", "0"), ("#### 007.50", "7.5"), ("#### 3/4", "0.75"),
+    ("#### 1 3/4", "1.75"), (r"\boxed{\frac{1}{2}}", "0.5"), (r"\boxed{2\frac{1}{2}}", "2.5"), ("1/0", "1"), ("12345678901234567891", "12345678901234567891"),
+    ("9" * 5000, "9" * 5000),
+    # words around it
+    ("#### Answer: 18", "18"), ("#### Answer: $18", "18"), (r"\boxed{9 + 9 = 18}", "18"), (r"\boxed{\text{The answer is 460}}", "460"),
+    ("#### 18 dollars\n", "18"), ("#### $18.50.", "18.5"), ("#### 18 eggs in 2 days", "18"), ("#### The answer for 3 friends is 18", "18"),
+    ("#### Total cost: $1,234.50 per year", "1234.5"), ("#### **18**", "18"), ("#### 18 ####", "18"), ("**Answer:** 18", "18"),
+    (r"Therefore, \(\boxed{50}\).", "50"), ("4th grade: 12 kids", "12"),
+    # none
+    ("no idea", None), ("", None), ("####", None), (r"\boxed{open", None),
+])  # fmt: skip
+def test_the_final_answer_is_a_plain_decimal(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("text, answer, place", [
+    (r"\boxed{1} #### 7", "7", "####"), (r"#### 9 then \boxed{8}", "9", "####"), ("12 #### 7 \n\n", "7", "####"), ("#### 18\n#### 20", "20", "####"),
+    ("#### 18\n\n#### Explanation\nWe used 3 steps", "18", "####"), ("#### 18 eggs\nDone in 2 steps.", "18", "####"),
+    ("#### Conclusion\nIt takes 5 days.", "5", "last number"), ("#### Step 2: add\nSo 3 + 4 = 7", "7", "last number"), ("#### \n18", "18", "last number"),
+    (r"\boxed{1} and then \boxed{2}.", "2", "boxed"), (r"\boxed{\boxed{5}}", "5", "boxed"), (r"\fbox{5}", "5", "boxed"),
+    (r"\boxed{3} and \boxed{4", "3", "boxed"), (r"\boxed{18} \boxed{}", "18", "boxed"), (r"put it in \boxed{}. It is 12.", "12", "last number"),
+    ("10-5 is what is left", "5", "last number"), ("no idea", None, None),
+])  # fmt: skip
+def test_the_last_line_of_hashes_wins_over_a_box_over_the_last_number(text, answer, place):
+    assert find_answer(text) == (answer, place)
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 9999 + "/3", r"\frac" * 500, "{" * 999, r"\boxed{" * 300, "1," * 5000, "-" * 3000, "\\"]
+)
+def test_long_and_broken_texts_do_no_harm(text):
+    find_answer(text)
+
+
+@pytest.mark.parametrize("answer, expected", [
+    (18, "18"), (18.0, "18"), (-0.5, "-0.5"), (1e20, "1" + 20 * "0"), ("... #### 1,200", "1200"), ("18", "18"),
+])  # fmt: skip
+def test_the_datas_answer_may_be_a_number_or_a_text(answer, expected):
+    record = json.loads(json.dumps({"question": "?", "answer": answer}))
+    assert read_problems({"line 1": record}, None)["line 1"]["expected"] == expected
+
+
+@pytest.mark.parametrize("record", [
+    {"question": "?"}, {"answer": 3}, {"question": "?", "answer": "none"}, {"question": "?", "answer": True},
+    {"question": "?", "answer": float("nan")}, {"question": 3, "answer": 3}, {"messages": [], "answer": 3},
+])  # fmt: skip
+def test_problems_without_question_or_answer_are_named(record):
+    with pytest.raises(InputError, match="line 7: needs `question` or `messages`"):
+        read_problems({"line 7": record}, None)
+
+
+def test_a_recommendation_needs_enough_problems():
+    """Ten right answers of ten do not show that at most 1 in 100 is lost; a thousand of a thousand do."""
+    few, many = (paired_drop([True] * n, [True] * n, 0.01) for n in (10, 1000))
+    assert few["drop"] == many["drop"] == 0
+    assert few["drop_upper"] > 0.01 and 300 < few["problems_needed"] < 600
+    assert many["drop_upper"] < 0.01 and many["problems_needed"] is None
+    worse = paired_drop([True] * 1000, [True] * 955 + [False] * 45, 0.01)
+    assert worse["drop"] == 0.045 and worse["drop_upper"] > 0.045 and worse["problems_needed"] is None
+
+
+def test_the_binomial_bound_is_where_so_few_successes_get_rare():
+    assert binomial_bound(0, 100, 0.05) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-6)
+    assert binomial_bound(5, 20, 0.025) == pytest.approx(0.4910, abs=1e-3)  # Clopper and Pearson's table
+    assert binomial_bound(20, 20) == 1
