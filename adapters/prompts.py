@@ -32,7 +32,8 @@ import click
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-import cli  # noqa: E402
+from commands.console import HELP_OPTIONS, reports_mistakes  # noqa: E402
+from commands.prompts import parse_jsonl  # noqa: E402
 from fastdllm import require  # noqa: E402
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -95,7 +96,7 @@ def read_jsonl(path: Path, *needed: str) -> list[dict]:
     Raises InputError for a broken line and for a record without a key that is needed.
     """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        records = cli.parse_jsonl(file.read(), path)
+        records = parse_jsonl(file.read(), path)
     for place, record in records.items():
         missing = [f"`{key}`" for key in needed if key not in record]
         require(not missing, f"{place}: needs {' and '.join(missing)}.")
@@ -125,26 +126,14 @@ def turns(path: Path) -> list[str]:
 def functions() -> list[str]:
     """Signature and docstring of public functions that say what they do in 60 to 900 characters."""
     found = {}
-    names = [
-        name for name in sorted(sys.stdlib_module_names) if name.isidentifier() and not name.startswith("_")
-    ]
-    skipped = {
-        "antigravity",
-        "this",
-        "idlelib",
-        "turtledemo",
-        "lib2to3",
-        "tkinter",
-        "turtle",
-    }  # importing these opens windows, or prints
-    for name in [*(name for name in names if name not in skipped), "numpy"]:
+    # importing these opens windows, or prints
+    skipped = {"antigravity", "this", "idlelib", "turtledemo", "lib2to3", "tkinter", "turtle"}
+    public = sorted(name for name in sys.stdlib_module_names - skipped if not name.startswith("_"))
+    for name in [*public, "numpy"]:
         for module in submodules(name):
             for key, value in sorted(vars(module).items()):
-                if (
-                    not inspect.isfunction(value)
-                    or key.startswith("_")
-                    or value.__module__ != module.__name__
-                ):
+                own = inspect.isfunction(value) and value.__module__ == module.__name__
+                if key.startswith("_") or not own:
                     continue
                 text = signature_and_docstring(key, value)
                 if text:
@@ -179,27 +168,15 @@ def signature_and_docstring(name: str, function) -> str | None:
     return f"{head}\n{textwrap.indent(f'{chr(34) * 3}{documentation}{chr(10)}{chr(34) * 3}', '    ')}\n"
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings=HELP_OPTIONS)
 @click.option("--maths", "maths_file", type=FILE, help="GSM8K's training questions.")
 @click.option("--tasks", "tasks_file", type=FILE, help="MBPP's training tasks.")
-@click.option(
-    "--turns",
-    "turns_files",
-    type=FILE,
-    multiple=True,
-    help="User turns; may be repeated.",
-)
-@click.option(
-    "--without",
-    type=FILE,
-    help="Prompts that were used already, as printed by this program.",
-)
+@click.option("--turns", "turns_files", type=FILE, multiple=True, help="User turns; may be repeated.")
+@click.option("--without", type=FILE, help="Prompts that were used already, as printed by this program.")
 @click.option("--openings", is_flag=True, help="Print first words of user turns, and nothing else.")
-@click.option(
-    "--most", type=click.IntRange(1), default=700, show_default=True, help="Prompts of each of the kinds."
-)
+@click.option("--most", type=click.IntRange(1), default=700, show_default=True, help="Prompts of each kind.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice and the order.")
-@cli.reports_mistakes
+@reports_mistakes
 def main(maths_file, tasks_file, turns_files, without, openings, most, seed):
     others = maths_file or tasks_file or turns_files or without
     require(not (openings and others), "--openings prints first words alone; leave the files out.")

@@ -19,7 +19,7 @@ make_problems() { # FILE and the generator's options
 make_problems "$build/train.jsonl" --split train --seed 0 --count 400000
 make_problems "$build/heldout.jsonl" --split heldout --seed 5 --count 600
 
-common=(--data "$build/train.jsonl" --seq-len 192 --schedule cosine --threads 1 --device "$device")
+common=(--data "$build/train.jsonl" --seq-len 192 --schedule cosine --compute bfloat16 --threads 1 --device "$device")
 python train.py ar --model "$build/new" --from-scratch --out "$build/ar" --steps 10000 --batch-size 18 --micro-batch 18 \
   --lr 2e-3 --warmup 200 --seed 0 "${common[@]}"
 adapt() { # what it starts from, its name, rows a step, rows at once, steps, learning rate, warm-up, seed

@@ -1,0 +1,303 @@
+"""Runs of train.py: they go on where they stopped, on any number of processes, and refuse what is not theirs."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+
+import train
+from checkpoint import load
+from train import Training
+from training.runs import CHECKSUM, STATE, checkpoints
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def command(folder, objective="adapt", **options) -> list[str]:
+    """A short run on few problems."""
+    if not (folder / "data.jsonl").exists():
+        problems = [json.dumps({"question": f"{n} and {n}?", "answer": f"{n + n}"}) for n in range(40)]
+        (folder / "data.jsonl").write_text("\n".join(problems) + "\n")
+    defaults = {"model": ROOT / "tiny" / "checkpoint", "data": folder / "data.jsonl", "out": folder / "out"}
+    defaults |= {"steps": 2, "batch-size": 2, "seq-len": 32, "lr": 1e-3, "warmup": 4, "save-every": 1}
+    options = defaults | {"threads": 1, "device": "cpu"} | options
+    return [objective, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def run(folder, *flags, **options):
+    """In this process, since torch is imported already."""
+    return CliRunner().invoke(train.main, [*command(folder, **options), *flags])
+
+
+def succeeds(*given, **options) -> str:
+    result = run(*given, **options)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(result, *sentences) -> None:
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    for sentence in sentences:
+        assert sentence in result.output
+
+
+def kill_after_a_checkpoint(line: list[str], out) -> None:
+    """Start train.py, and kill it as soon as it has written a checkpoint."""
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *line], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not checkpoints(out):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def metrics(out) -> list[dict]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+# --- Going on ---
+
+
+@pytest.mark.parametrize("options", [{"objective": "ar"}, {"objective": "adapt", "ar-weight": 0.5}], ids=str)
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, options):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options |= {"steps": 4, "heldout": tmp_path / "data.jsonl", "eval-rows": 2}
+    assert "No checkpoint yet, starting at step 0." in succeeds(tmp_path, out=whole, **options)
+    kill_after_a_checkpoint(command(tmp_path, out=killed, **options), killed)
+    assert not (killed / "model.safetensors").exists()
+    assert "Resuming at step " in succeeds(tmp_path, out=killed, **options)
+    first, second = ((out / "model.safetensors").read_bytes() for out in (whole, killed))
+    assert first == second
+    assert metrics(whole) == metrics(killed)
+    assert "All 4 steps are done already." in succeeds(tmp_path, out=killed, **options)
+
+
+def test_two_processes_train_like_one_and_resume_each_others_runs(tmp_path):
+    """FSDP2 on CPUs; the second of three steps is run by two processes."""
+    options = {"batch-size": 8, "micro-batch": 2, "ar-weight": 0.5, "compute": "float32", "lr": 1e-4}
+    options |= {"heldout": tmp_path / "data.jsonl", "eval-rows": 8, "eval-every": 1}
+    one, two = tmp_path / "one", tmp_path / "two"
+    succeeds(tmp_path, out=one, steps=3, **options)
+    succeeds(tmp_path, out=two, steps=1, **options)
+    line = [*TORCHRUN, ROOT / "train.py", *command(tmp_path, out=two, steps=2, **options)]
+    shared = subprocess.run(line, check=True, capture_output=True, text=True)
+    assert shared.stderr.count("Resuming at step 1.") == 1
+    succeeds(tmp_path, out=two, steps=3, **options)
+    for expected, got in zip(metrics(one), metrics(two), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+    one, two = (load(out, "cpu")[0].state_dict() for out in (one, two))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-3)
+
+
+def test_a_run_on_a_device_goes_on_in_bfloat16_with_recomputation(tmp_path, device):
+    run = partial(succeeds, tmp_path, "--recompute", device=device, compute="bfloat16")
+    run = partial(run, heldout=tmp_path / "data.jsonl", **{"eval-every": 2, "eval-rows": 2})
+    run(steps=2)
+    run(steps=4)
+    records = metrics(tmp_path / "out")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
+
+
+def test_held_out_data_is_looked_at_and_checkpoints_are_few(tmp_path):
+    options = {"heldout": tmp_path / "data.jsonl", "eval-every": 2, "eval-rows": 8, "keep": 2}
+    succeeds(tmp_path, steps=4, **options)
+    records = metrics(tmp_path / "out")
+    looks = [record["step"] for record in records if "heldout_diffusion_loss" in record]
+    assert looks == [2, 4] and records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
+    places = checkpoints(tmp_path / "out")
+    assert [place.name for place in places] == ["step-0000003", "step-0000004"]
+    files = {file.name for place in places for file in place.iterdir()}
+    assert files == {"state.safetensors", "state.sha256"}  # nothing that could run as code
+
+
+def test_a_short_run_is_saved_ten_times_and_a_long_one_every_200_steps():
+    assert [Training(steps=steps).saves_every for steps in (1, 50, 55, 6000)] == [1, 5, 6, 200]
+    assert Training(steps=50, save_every=7).saves_every == 7
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    succeeds(tmp_path, steps=2)
+    before, losses = train.Adaptation.step, {"diffusion_loss": float("nan")}
+    monkeypatch.setattr(train.Adaptation, "step", lambda *given: before(*given) | losses)
+    refused(run(tmp_path, steps=5), "step 3: the loss is NaN", "of its documents are ", "a lower --lr")
+    assert [place.name for place in checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_stays(tmp_path):
+    succeeds(tmp_path)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # like a disk that is full
+    line = [sys.executable, ROOT / "train.py", *command(tmp_path, steps=4)]
+    full = subprocess.run(line, capture_output=True, text=True, preexec_fn=small)
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "cannot be written" in full.stderr and "earlier ones stay" in full.stderr
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
+    succeeds(tmp_path, steps=4)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+
+
+# --- What is not its own ---
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two steps, a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("run")
+    succeeds(folder)
+    return folder
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """Goes on with a copy of it; its data is where the run had it."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return partial(run, tmp_path, data=finished / "data.jsonl")
+
+
+def test_a_folder_with_another_run_is_refused_and_stays(again, tmp_path):
+    out = tmp_path / "out"
+    before = (out / "model.safetensors").read_bytes()
+    refused(again(steps=4, seed=1), "holds a run with seed 0, not 1")
+    refused(again(steps=1), "has done 2 steps, more than --steps 1")
+    assert (out / "model.safetensors").read_bytes() == before
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "tok')  # torn by a full disk
+    assert again(steps=3).exit_code == 0 and [record["step"] for record in metrics(out)] == [1, 2, 3]
+
+
+def test_a_cosine_ends_where_its_steps_end(tmp_path):
+    succeeds(tmp_path, schedule="cosine", steps=1)
+    longer = run(tmp_path, schedule="cosine", steps=2)  # its rates would be others from the start
+    refused(longer, "holds a run with steps 1, not 2")
+
+
+def test_a_resumed_run_needs_the_same_data_whatever_its_date(again, tmp_path):
+    data = tmp_path / "data.jsonl"
+    os.utime(data, (1, 1))
+    assert again(steps=3, data=data).exit_code == 0
+    data.write_text(data.read_text().replace("7", "8"))
+    refused(again(steps=4, data=data), "holds a run on other data")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(again, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / "out" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(again(steps=3), "another run is using it")
+    assert again(steps=3).exit_code == 0
+
+
+@pytest.mark.parametrize("damage", ["weights", "header", "checksum", "missing", "empty"])
+def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on(again, tmp_path, damage):
+    bad = checkpoints(tmp_path / "out")[-1]
+    content = bytearray((bad / STATE).read_bytes())
+    if damage in ("weights", "header"):
+        content[7 if damage == "header" else len(content) * 3 // 4] ^= 1
+        (bad / STATE).write_bytes(content)
+    elif damage == "checksum":
+        (bad / CHECKSUM).write_bytes(b"\xff")
+    else:
+        for file in [bad / STATE] if damage == "missing" else bad.iterdir():
+            file.unlink()
+    refused(again(steps=3), f"{bad}: the checkpoint is damaged", "remove it")
+    shutil.rmtree(bad)
+    assert "Resuming at step 1." in again(steps=3).output
+    assert [record["step"] for record in metrics(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_the_end_says_where_the_result_is_and_how_to_run_it(again, tmp_path):
+    assert f"python cli.py generate --model {tmp_path / 'out'}" in again().output
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"seq-len": 100}, "--seq-len 100 is no multiple of the block size 32"),
+        ({"seq-len": 2048}, "--seq-len 2048 is more than the model's 1024 positions"),
+        ({"batch-size": 3, "micro-batch": 2}, "--batch-size 3 is no multiple of 2"),
+        ({"model": "nowhere"}, "nowhere: no such folder"),
+        ({"packing": "original", "seq-len": 1024, "data": "short.jsonl"}, "does not fill one row of 1024"),
+        ({"out": "short.jsonl"}, "short.jsonl"),
+        ({"data": "."}, "--data"),
+        ({"block-size": 1}, "--block-size 1 is autoregressive"),
+        ({"clip": 0}, "--clip is 0.0, it must be a number from 1e-09 up"),
+        ({"lr": "nan"}, "--lr is nan"),
+        ({"ar-weight": "-1"}, "--ar-weight is -1.0"),
+        ({"save-every": 0}, "--save-every is 0"),
+        ({"eval-rows": 3}, "--eval-rows is for held-out data; give --heldout too"),
+        *(({name: 10**20}, f"--{name}") for name in ("steps", "batch-size", "seq-len", "threads", "block-size")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, options, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.jsonl").write_text('{"text": "1"}\n')
+    refused(run(tmp_path, **options), sentence)
+
+
+# --- Command line ---
+
+
+def test_show_prints_a_row_as_it_trains():
+    lines = CliRunner().invoke(train.main, ["show"]).output.splitlines()
+    table = [line.split() for line in lines if "output" in line and "of view" in line]
+    assert table
+    for position, output in ((line[0], line[line.index("output") + 1]) for line in table):
+        assert int(output) == int(position) - 1  # token shift
+    views = [{line[0] for line in table if line[-1] == view} for view in "12"]
+    assert not views[0] & views[1]  # the complement
+
+
+def test_show_fits_a_screen_counts_padding_and_marks_what_trains(tmp_path):
+    said = "Mia has 3 books."
+    record = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": said}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    shown = CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")]).output
+    assert "Row 0: 192 positions" in shown and " [padding x " in shown and f"[[{said}<|im_end|>" in shown
+    views = shown.partition("The block of positions")[0]
+    assert "|<MASK>|" not in views and len(shown.splitlines()) < 120
+    (tmp_path / "data.jsonl").write_text("{\n")
+    refused(CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")]), "no documents")
+
+
+def test_show_ends_quietly_where_nobody_reads_on():
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, ROOT / "train.py", "show"]
+    shown = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert shown.stderr == ""
+
+
+def test_starting_loads_no_compiler_and_no_sharding():
+    slow = "torch._dynamo torch._inductor torch.distributed.fsdp torch.distributed.tensor".split()
+    code = f"import sys, train; print([name for name in {slow} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout == "[]\n"
+
+
+def test_every_option_has_help_and_next_token_training_none_of_diffusion():
+    options = {name: {p.name: p.help for p in c.params} for name, c in train.main.commands.items()}
+    assert options["adapt"].keys() - options["ar"] == {"preset", "block_size", "ar_weight"}
+    assert all(help for command in options.values() for help in command.values())
+
+
+def test_presets_are_the_papers_and_options_override_them(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, "train", lambda objective, **given: seen.update(given))
+    flags = ["--model", "m", "--data", str(ROOT / "train.py"), "--out", "o", "--preset", "7b", "--steps", "7"]
+    CliRunner().invoke(train.main, ["adapt", *flags], catch_exceptions=False)
+    names = ("lr", "steps", "batch_size", "seq_len", "warmup", "recompute")
+    assert [seen[name] for name in names] == [1e-5, 7, 256, 2048, 500, True]

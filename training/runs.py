@@ -1,0 +1,431 @@
+"""Runs that go on where they stopped: settings, processes, checkpoints, and the one loop of all trainings.
+
+`run` drives a `Job`: next-token training and the adaptation of train.py, the drafts of drafts.py.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial, wraps
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import click
+import torch
+import torch.distributed as dist
+from click.core import ParameterSource
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from checkpoint import Tokenizer, read_json, replace_file
+from commands.console import OneSentence, own_device, threads_option
+from commands.prompts import lock_run
+from fastdllm import InputError, Qwen2, require
+from training.data import Corpus, Piece, file_hash
+
+# --- Settings ---
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What every run needs to know. Raises InputError for numbers that make no sense."""
+
+    steps: int
+    batch_size: int  # rows
+    lr: float
+    warmup: int  # steps
+    clip: float = 1.0
+    seed: int = 0
+    save_every: int | None = None  # steps; None: see `saves_every`
+    keep: int = 2  # checkpoints
+    eval_every: int = 200  # steps
+    eval_rows: int = 64
+
+    def __post_init__(self):
+        require_numbers(self, 1, "steps", "batch_size", "save_every", "keep", "eval_every", "eval_rows")
+        require_numbers(self, 0, "warmup", "seed", "lr")
+        require_numbers(self, 1e-9, "clip")
+
+    @property
+    def saves_every(self) -> int:
+        """Steps between checkpoints: what was given, else a tenth of all steps, but at most 200."""
+        return min(200, math.ceil(self.steps / 10)) if self.save_every is None else self.save_every
+
+
+def require_numbers(settings: RunSettings, low: float, *names: str) -> None:
+    """Raises InputError for a setting that is below `low`, infinite or NaN."""
+    for name in names:
+        value, flag = getattr(settings, name), name.replace("_", "-")
+        ok = value is None or low <= value < 2**63
+        require(ok, f"--{flag} is {value}, it must be a number from {low:g} up.")
+
+
+FOLDER, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
+option = partial(click.option, show_default=True)
+
+
+def run_options(settings: type[RunSettings]) -> Callable:
+    """The options of every run as a decorator; `settings` has the values of those that are not given."""
+    options = (
+        option("--model", "folder", required=True, help="Checkpoint to start from: a folder or Hub id."),
+        option("--data", required=True, type=FILE, help="JSONL; `train.py show` shows what trains of it."),
+        option("--out", required=True, type=FOLDER, help="Folder of the result, checkpoints and metrics."),
+        option("--heldout", type=FILE, help="JSONL to measure on, never to train on."),
+        option("--broken", type=click.Choice(["refuse", "skip"]), default="refuse",
+               help="What a broken line of the data does: end the run, or be left out."),
+        option("--device", default="auto", help="auto, cpu, cuda or mps."),
+        threads_option,
+        option("--steps", default=settings.steps, help="Steps of the optimiser."),
+        option("--batch-size", default=settings.batch_size, help="Rows per step, of all devices together."),
+        option("--lr", default=settings.lr, help="Peak learning rate of AdamW."),
+        option("--warmup", default=settings.warmup, help="Steps in which the learning rate rises to it."),
+        option("--clip", default=settings.clip, help="Gradients of a larger norm are scaled down to it."),
+        option("--seed", default=settings.seed, help="Of the data's order and of all that is drawn."),
+        option("--save-every", type=int, show_default="a tenth of --steps, at most 200",
+               help="Steps between checkpoints: what a killed run computes again at most."),
+        option("--keep", default=settings.keep, help="Checkpoints that stay, the last ones."),
+        option("--eval-every", default=settings.eval_every, help="Steps between looks at held-out data."),
+        option("--eval-rows", default=settings.eval_rows, help="Rows of held-out data per look."),
+    )  # fmt: skip
+
+    def decorate(command: Callable) -> Callable:
+        @wraps(command)
+        def checked(**given):
+            source_of = click.get_current_context().get_parameter_source
+            for name in ("eval_every", "eval_rows"):
+                if source_of(name) is ParameterSource.COMMANDLINE and not given["heldout"]:
+                    flag = "--" + name.replace("_", "-")
+                    raise OneSentence(f"{flag} is for held-out data; give --heldout too, or leave it out.")
+            return command(**given)
+
+        for one in reversed(options):
+            checked = one(checked)
+        return checked
+
+    return decorate
+
+
+def lasting(settings: RunSettings, *free: str) -> dict:
+    """Settings that may not change when a run is resumed: all but `free` and those that change no step."""
+    free += ("save_every", "keep", "eval_every", "eval_rows")
+    return {name: value for name, value in asdict(settings).items() if name not in free}
+
+
+# --- Processes ---
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """Sums over all processes."""
+    if not dist.is_initialized():
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def wait_for_all() -> None:
+    """No process goes on before all are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def first_process(work: Callable[[], None]) -> None:
+    """Run long work in the first process while the others wait; its mistakes are raised in all of them."""
+    if not dist.is_initialized():
+        work()
+        return
+    problem = [None]
+    # this group waits up to a day; the main group keeps its 30 minutes, so a hanging step still fails soon
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if rank() == 0:
+        try:
+            work()
+        except (InputError, OSError) as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, group=patient)
+    dist.destroy_process_group(patient)
+    require(problem[0] is None, problem[0])
+
+
+@contextmanager
+def processes(device: str) -> Iterator[str]:
+    """This process's device, among those that `torchrun` started."""
+    device = own_device(device)
+    if "LOCAL_RANK" not in os.environ:
+        yield device
+        return
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
+    """This process's device, for the only run that writes to `out`. Raises InputError where there is one."""
+    if threads:
+        torch.set_num_threads(threads)
+    with processes(device) as device:
+        out.mkdir(parents=True, exist_ok=True)
+        busy = f"{out}: another run is using it; wait for it, or take another --out."
+        with lock_run(out / ".lock", busy) if rank() == 0 else nullcontext():
+            yield device
+
+
+class Whole(nn.Module):
+    """A model whose forward pass is a loss of it: where that begins, FSDP2 gathers embedding and head."""
+
+    def __init__(self, model: Qwen2, compute: torch.dtype):
+        super().__init__()
+        self.model, self.compute = model, compute
+
+    def forward(self, loss: Callable, *given, **named) -> Tensor:
+        weight = self.model.weight
+        # FSDP2 has cast the weights already; autocast would cast again, and norms to float32
+        mixed = weight.dtype is not self.compute
+        with torch.autocast(weight.device.type, self.compute) if mixed else nullcontext():
+            return loss(self.model, *given, **named)
+
+
+def distribute(model: Qwen2, compute: torch.dtype, recompute: bool) -> Whole:
+    """Ready to train, with float32 weights; of several processes each has a share of them (FSDP2).
+
+    FSDP2 sends weights in the `compute` dtype, and then the residual stream has it too; else it is float32.
+    With `recompute` only the layers' inputs are kept for the backward pass.
+    """
+    whole, layers = Whole(model, compute), model.model.layers
+    if recompute:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if dist.is_initialized():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes most of a second
+
+        # without a mesh fully_shard takes CUDA wherever there is any, also for a run on CPUs
+        mesh = init_device_mesh(model.weight.device.type, (world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        for module in (*layers, whole):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    model.to(torch.float32)
+    return whole
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether each process has a share of it: a DTensor, whose class takes half a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All shares put together, in the first process's memory; all processes take part."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if is_shared(tensor) else tensor
+        if rank() == 0:
+            found[name] = tensor.detach().cpu().contiguous()
+    return found
+
+
+# --- Checkpoints ---
+# Why kill -9 loses nothing. A checkpoint is a folder with the weights and the optimiser's state in one
+# safetensors file, and that file's checksum. It gets its name when both are complete, so a folder with a name
+# is a whole checkpoint. A step depends only on the step before, the settings and its number: the order of the
+# rows, the noise and the rate follow from seed and number. So the same command goes on from the last
+# checkpoint. Up to --save-every steps are computed again, identically; on another number of processes sums
+# run in another order, so the last bits may differ.
+
+STATE, CHECKSUM = "state.safetensors", "state.sha256"
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Finished ones, the oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def open_data(
+    out: Path, run: dict, data: Path, heldout: Path | None, tokenizer: Tokenizer, broken: str
+) -> tuple[Corpus, Corpus | None]:
+    """Training and held-out data, tokenised by the first process after it has checked that the run may go on.
+
+    run: what may not change when the run is resumed; it is kept in run.json. Raises InputError for a folder
+    with another run, and for data that cannot be used.
+    """
+
+    def prepare():
+        file, now = out / "run.json", {"content": file_hash(data)} | run
+        if checkpoints(out) and file.exists():
+            known = read_json(file)
+            same = known.get("content") == now["content"]
+            require(same, f"{out}: holds a run on other data, or the data has changed; take another --out.")
+            for name, value in known.items():
+                differs = f"holds a run with {name} {value}, not {now.get(name)}"
+                require(now.get(name) == value, f"{out}: {differs}; take another --out.")
+        for old in (out / "checkpoints").glob(".*.tmp"):  # of a run that was killed
+            shutil.rmtree(old, ignore_errors=True)
+        replace_file(file, partial(Path.write_text, data=json.dumps(now, indent=2) + "\n"))
+        Corpus.prepare(data, tokenizer, out / "tokens", broken)
+        if heldout:
+            Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
+
+    first_process(prepare)
+    return Corpus.open(out / "tokens"), heldout and Corpus.open(out / "heldout")
+
+
+def state_tensors(job: "Job") -> dict[str, Tensor]:
+    """The trained tensors and AdamW's state, by name, not copied. Before a step that is zeros."""
+    tensors, fresh = {}, not job.optimizer.state
+    for name, p in job.trained.items():
+        state = job.optimizer.state[p]
+        if fresh:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state |= {key: torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
+        tensors[f"model.{name}"] = p.detach()
+        tensors |= {f"optimizer.{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return tensors
+
+
+def save_checkpoint(out: Path, job: "Job", step: int) -> None:
+    """Write a checkpoint, and delete all but the last `keep`.
+
+    Raises InputError where it cannot be written; earlier ones stay.
+    """
+    place, tensors = out / "checkpoints" / f"step-{step:07d}", whole_tensors(state_tensors(job))
+    if rank() == 0:
+        part = place.with_name(f".{place.name}.tmp")
+        try:
+            part.mkdir(parents=True)
+            save_file(tensors, part / STATE)
+            (part / CHECKSUM).write_text(file_hash(part / STATE))
+            os.replace(part, place)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            reason = str(error).strip().splitlines()[-1]
+            stays = "earlier ones stay, and the same command goes on from the last one"
+            raise InputError(f"{place}: the checkpoint cannot be written ({reason}); {stays}.") from None
+        for old in checkpoints(out)[: -job.settings.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    wait_for_all()
+
+
+def load_checkpoint(out: Path, job: "Job") -> int:
+    """Take up the last checkpoint; the number of steps that were done then, or 0.
+
+    Raises InputError where it is damaged, or of another model.
+    """
+    if not checkpoints(out):
+        return 0
+    place, tensors = checkpoints(out)[-1], state_tensors(job)
+
+    def check():
+        good = False
+        with suppress(OSError, UnicodeDecodeError):
+            good = (place / CHECKSUM).read_text() == file_hash(place / STATE)
+        damaged = f"{place}: the checkpoint is damaged; remove it, and the run goes on from the one before."
+        require(good, damaged)
+
+    first_process(check)
+    with safe_open(place / STATE, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        same = shapes == {name: list(tensor.shape) for name, tensor in tensors.items()}
+        require(same, f"{place}: the checkpoint is of another model; take another --out.")
+        for name, tensor in tensors.items():
+            if is_shared(tensor):  # FSDP2 splits tensors by rows; the last processes may have none
+                local, rows = tensor.to_local(), math.ceil(tensor.shape[0] / world_size())
+                if len(local):
+                    local.copy_(file.get_slice(name)[rank() * rows : (rank() + 1) * rows])
+            else:
+                tensor.copy_(file.get_tensor(name))
+    return int(place.name.removeprefix("step-"))
+
+
+# --- The loop ---
+
+
+class Job(Protocol):
+    """What `run` trains."""
+
+    settings: RunSettings  # with a method learning_rate(step)
+    trained: dict[str, Tensor]  # parameters by name
+    optimizer: torch.optim.Optimizer
+    row_tokens: int  # positions of a row
+
+    def rows(self) -> Iterator[list[Piece]]:
+        """The training data's rows without an end, in an order that follows from the seed."""
+
+    def step(self, rows: list[list[Piece]], number: int, progress: Callable[[int], None]) -> dict[str, float]:
+        """Losses of step `number`, whose gradients it leaves in the parameters.
+
+        It depends on the settings, the rows and its number alone. `progress` is told how many rows have run.
+        """
+
+    def evaluate(self) -> dict:
+        """Losses on held-out data; nothing where there is none."""
+
+
+def run(job: Job, out: Path) -> dict:
+    """Train to the last step, from the last checkpoint in `out` if there is one; returns the last metrics.
+
+    Why a kill loses nothing stands above, under "Checkpoints". Raises InputError when the loss is NaN or
+    infinite, and where a checkpoint cannot be written or read.
+    """
+    settings, log, rows_each = job.settings, out / "metrics.jsonl", job.settings.batch_size
+    done = load_checkpoint(out, job)
+    require(done <= settings.steps, f"{out}: has done {done} steps, more than --steps {settings.steps}.")
+    lines = log.read_bytes().splitlines(keepends=True)[:done] if log.exists() else []
+    complete, record = done == settings.steps, json.loads(lines[-1]) if lines else {}
+    if rank() == 0:
+        begin = f"Resuming at step {done}." if done else "No checkpoint yet, starting at step 0."
+        click.echo(f"All {done} steps are done already." if complete else begin, err=True)
+        replace_file(log, partial(Path.write_bytes, data=b"".join(lines)))  # later steps run again
+    order, parameters = job.rows(), [*job.trained.values()]
+    next(islice(order, done * rows_each, done * rows_each), None)  # skipped here, outside of any step's time
+    size = {"total": settings.steps * rows_each, "initial": done * rows_each, "unit": "row"}
+    with tqdm(**size, disable=rank() > 0 or complete) as bar:
+        for step in range(done, settings.steps):
+            began, last = time.perf_counter(), step + 1 == settings.steps
+            rows = list(islice(order, rows_each))
+            losses = job.step(rows, step, bar.update)
+            norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+            norm = (norm.full_tensor() if is_shared(norm) else norm).item()
+            if not all(map(math.isfinite, (norm, *losses.values()))):
+                documents = sorted({document for row in rows for document, _, _ in row})[:8]
+                problem = f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm})"
+                where = f"the first of its documents are {', '.join(map(str, documents))}, counted from 0"
+                raise InputError(f"{problem}; {where}; the checkpoints stay; a lower --lr may help.")
+            for group in job.optimizer.param_groups:
+                group["lr"] = settings.learning_rate(step)
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+            seconds = time.perf_counter() - began
+            record = {"step": step + 1, "tokens": rows_each * job.row_tokens, **losses}
+            record |= {"grad_norm": norm, "lr": settings.learning_rate(step), "seconds": round(seconds, 4)}
+            if (step + 1) % settings.eval_every == 0 or last:
+                record |= job.evaluate()
+            if rank() == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            shown = {name: f"{value:.3f}" for name, value in record.items() if name.endswith("loss")}
+            shown |= {"step": step + 1, "tokens/s": f"{record['tokens'] / seconds:,.0f}"}
+            bar.set_postfix(shown, refresh=False)
+            if (step + 1) % settings.saves_every == 0 or last:
+                save_checkpoint(out, job, step + 1)
+    return record
