@@ -18,7 +18,8 @@ import click
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "adapters")]
 from prompts import TASK  # noqa: E402, EvalPlus's wording
 
-import cli  # noqa: E402
+from commands.console import HELP_OPTIONS, reports_mistakes  # noqa: E402
+from commands.prompts import read_jsonl  # noqa: E402
 from fastdllm import require  # noqa: E402
 
 
@@ -29,10 +30,8 @@ def prompt(place: str, problem: dict) -> dict:
     else:
         good = isinstance(problem.get("text"), str) and problem.get("test_list")
         require(good, f"{place}: needs `prompt`, or MBPP's `text` and `test_list`.")
-        name, text = (
-            f"Mbpp/{problem.get('task_id')}",
-            f'"""\n{problem["text"]}\n{problem["test_list"][0]}\n"""',
-        )
+        name = f"Mbpp/{problem.get('task_id')}"
+        text = f'"""\n{problem["text"]}\n{problem["test_list"][0]}\n"""'
     return {"task_id": name, "prompt": f"{TASK}\n```\n{text.strip()}\n```\n"}
 
 
@@ -47,13 +46,13 @@ def sample(place: str, answer: dict) -> dict:
     return {"task_id": answer["task_id"], "solution": code, "completion": f"    pass\n\n\n{code}"}
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "), context_settings=HELP_OPTIONS)
 @click.argument("kind", type=click.Choice(["problems", "samples"]))
 @click.argument("file")
-@cli.reports_mistakes
+@reports_mistakes
 def main(kind, file):
     convert = prompt if kind == "problems" else sample
-    for record in [convert(place, record) for place, record in cli.read_jsonl(file).items()]:
+    for record in [convert(place, record) for place, record in read_jsonl(file).items()]:
         click.echo(json.dumps(record, ensure_ascii=False))
 
 

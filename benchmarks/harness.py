@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,24 +32,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli  # noqa: E402
-from fast import RecordedPasses, prepack  # noqa: E402
-from fastdllm import (  # noqa: E402
-    Decoding,
-    InputError,
-    Qwen2,
-    Result,
-    Tokenizer,
-    attention_bias,
-    block_causal_mask,
-    causal_attention,
-    decode,
-    grouped_attention,
-    load,
-    replace_file,
-    require,
-)
-from train import processes, rank, world_size  # noqa: E402
+import fastdllm  # noqa: E402
+from checkpoint import Tokenizer, replace_file  # noqa: E402
+from commands import console  # noqa: E402
+from commands.evaluate import PAPER_PROMPT  # noqa: E402
+from commands.prompts import environment, options_of, rates, summary_line  # noqa: E402
+from fast import RecordedPasses  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, Result, decode, require  # noqa: E402
+from training.attention import causal_attention  # noqa: E402
+from training.runs import processes, rank, world_size  # noqa: E402
+from verify import Verified  # noqa: E402
 
 try:
     from lm_eval import simple_evaluate, utils
@@ -60,12 +52,17 @@ except ImportError:
     raise SystemExit("lm-eval is not installed; pip install -r benchmarks/requirements.txt") from None
 
 DECODERS = {
-    "ar": {"block_size": 1},
-    "threshold": {},
-    "dual": {"cache": "dual"},
-    "verify": {"verify": True},
+    "ar": partial(Decoding, block_size=1),
+    "threshold": Decoding,
+    "dual": partial(Decoding, cache="dual"),
+    "verify": Verified,
 }
-TURN = "<|im_start|>assistant\n"  # what a chat prompt ends in
+
+# what a task's `generation_kwargs` may hold beside what decoding has: values that change nothing
+NEUTRAL = dict.fromkeys(("num_beams", "num_return_sequences", "length_penalty", "repetition_penalty"), 1)
+NEUTRAL |= dict.fromkeys(("presence_penalty", "frequency_penalty", "no_repeat_ngram_size"), 0)
+NEUTRAL |= dict.fromkeys(("min_new_tokens", "min_tokens"), 0)
+NEUTRAL_DRAWS = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 
 # task: column of the paper's table, few-shot examples (None: the task's), where the instruction goes, metric
 PAPER_TASKS = {
@@ -81,6 +78,7 @@ PAPER_SCORES = {  # Fast-dLLM v2 at threshold 1
     "Qwen2.5 7B": {"GSM8K": 71.4, "MATH": 73.3, "IFEval": 70.8, "MMLU": 68.7, "GPQA": 33.5},
     "v2 7B": {"GSM8K": 83.7, "MATH": 61.6, "IFEval": 61.4, "MMLU": 66.6, "GPQA": 31.9},
 }
+SUMS = ("new_tokens", "forward_passes", "seconds")  # of `rates`, summed over a task's requests
 PAPER_TOKENS = 2048  # longest answer; its blocks of 32 are the checkpoint's, its sub-blocks of 8 the default
 
 
@@ -98,6 +96,28 @@ def share_out(sizes: list[int], work: Callable[[list[int]], Iterable]) -> list:
     return [found[i] for i in range(len(sizes))]
 
 
+def sampling_of(settings: dict) -> dict:
+    """Decoding's options for a task's normalised `generation_kwargs`.
+
+    Raises InputError for settings that would change the text and that decoding does not have.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    temperature, top_k = settings.pop("temperature", 0), settings.pop("top_k", 0)
+    top_p, greedy = settings.pop("top_p", 1.0), not settings.pop("do_sample") or top_k == 1
+    asked = "The task sets do_sample, but no temperature; give it one above 0, or leave do_sample out."
+    require(greedy or float(temperature) > 0, asked)
+    for name, value in settings.items():
+        if name in ("until", "max_gen_toks") or greedy and name in NEUTRAL_DRAWS:
+            continue
+        idle = (NEUTRAL | NEUTRAL_DRAWS).get(name)
+        only = "no decoder here has it, so leave it out" if idle is None else f"only {idle} works"
+        require(value == idle, f"The task sets {name} to {value!r}; {only}.")
+    if greedy:
+        return {"temperature": 0.0}
+    # 0 and -1 are other programs' words for all tokens
+    return {"temperature": float(temperature), "top_p": top_p, "top_k": None if top_k in (0, -1) else top_k}
+
+
 class HarnessModel(TemplateLM):
     """A model, a way of decoding and a reading of log-likelihoods, as lm-eval sees them.
 
@@ -107,7 +127,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self, name: str, model: Qwen2, tokenizer: Tokenizer, decoding: Decoding, reading: str = "ar",
-        longest: int | None = None, instructions: dict | None = None,
+        longest: int | None = None, recorded: RecordedPasses | None = None,
     ):  # fmt: skip
         super().__init__()
         config = model.config
@@ -115,16 +135,10 @@ class HarnessModel(TemplateLM):
         require(config.stop_token_ids, f"{name}: names no end token, which log-likelihoods need.")
         adapted = reading == "ar" or config.block_size > 1
         require(adapted, f"{name}: only --loglikelihood ar reads a model that was not adapted to blocks.")
-        self.name, self.model, self.tokens, self.decoding, self.reading = (
-            name,
-            model,
-            tokenizer,
-            decoding,
-            reading,
-        )
-        self.longest, self.instructions, self.speed = longest, instructions or {}, {}
+        self.name, self.model, self.tokens, self.decoding = name, model, tokenizer, decoding
+        self.reading, self.longest, self.recorded = reading, longest, recorded
+        self.instructions, self.speed = {}, {}
         self._device = model.weight.device
-        self.recorded = RecordedPasses(model) if self.device.type == "cuda" else None
 
     # --- Text ---
 
@@ -140,68 +154,75 @@ class HarnessModel(TemplateLM):
         return self.tokens.encode(string)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        return "ChatML"  # what lm-eval notes in its result file
+        return self.tokens.template or ""  # what lm-eval notes in its result file
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        text = self.tokens.decode(self.tokens.chat(chat_history), skip_special_tokens=False)
-        return text if add_generation_prompt else text.removesuffix(TURN).removesuffix("<|im_end|>\n")
+        if add_generation_prompt:
+            return self.tokens.render(chat_history)
+        # the last message is an answer's beginning, which the model continues
+        return self.tokens.render(chat_history[:-1]) + chat_history[-1]["content"]
 
     # --- Generation ---
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         groups, texts = {}, [""] * len(requests)
         for place, request in enumerate(requests):
-            groups.setdefault((request.task_name, json.dumps(request.args[1], sort_keys=True)), []).append(
-                place
-            )
+            settings = json.dumps(normalize_gen_kwargs(request.args[1]), sort_keys=True)
+            groups.setdefault((request.task_name, settings), []).append(place)
+        for _, settings in groups:  # a mistake is told before anything runs
+            sampling_of(json.loads(settings))
         for (task, settings), places in groups.items():
             began = time.perf_counter()
             prompts = [requests[place].args[0] for place in places]
             for old, new in (rule for start, rule in self.instructions.items() if task.startswith(start)):
                 prompts = [prompt.replace(old, new) for prompt in prompts]
-            results = []
-            for place, (text, result) in zip(places, self.write(prompts, json.loads(settings), disable_tqdm)):
+            written = self.write(task, prompts, json.loads(settings), disable_tqdm)
+            for place, (text, _) in zip(places, written):
                 texts[place] = text
-                results.append(result)
-            found = self.speed.setdefault(task, {"tokens": 0, "forward_passes": 0, "seconds": 0.0})
-            found["tokens"] += sum(len(result.tokens) for result in results)
-            found["forward_passes"] += sum(result.forward_passes for result in results)
-            found["seconds"] += time.perf_counter() - began
+            found = rates([result for _, result in written], time.perf_counter() - began)
+            before = self.speed.setdefault(task, dict.fromkeys(SUMS, 0))
+            self.speed[task] = {name: before[name] + found[name] for name in SUMS}
         return texts
 
-    def write(self, prompts: list[str], settings: dict, silent: bool) -> list[tuple[str, Result]]:
-        """Text up to its first stop string, and all that was decoded, of prompts with a task's settings."""
-        settings = normalize_gen_kwargs(settings)
-        until, longest = (
-            [stop for stop in settings["until"] if stop],
+    def write(self, task: str, prompts: list[str], settings: dict, silent: bool) -> list[tuple[str, Result]]:
+        """Text up to its first stop string, and all that was decoded, of prompts with a task's settings.
+
+        An answer's limit is lowered to what the longest prompt leaves, but to no less than half the model's
+        positions. What is still too long a prompt loses its beginning, as in lm-eval's own models.
+        """
+        encoded = [self.tokens.encode(prompt) for prompt in prompts]
+        positions, wanted = (
+            self.model.config.max_position_embeddings,
             self.longest or settings["max_gen_toks"],
         )
-        sampling = {key: settings[key] for key in ("temperature", "top_p") if key in settings}
-        decoding = replace(self.decoding, max_new_tokens=longest, **sampling)
-        room = self.model.config.max_position_embeddings - longest
-        require(room > 0, f"{longest} new tokens leave no room for a prompt; lower --max-new-tokens.")
-        # too long a prompt is cut at the left, as lm-eval does
-        encoded = [self.tokens.encode(prompt)[-room:] for prompt in prompts]
+        most = max(positions - max(map(len, encoded)), positions // 2)
+        note = f"{task} asks for answers of {wanted} tokens; the model's {positions} positions leave {most}."
+        if wanted > most:
+            console.say(note)
+        longest = min(wanted, most)
+        decoding = replace(self.decoding, max_new_tokens=longest, **sampling_of(settings))
+        encoded = [prompt[-(positions - longest) :] for prompt in encoded]
+        until = [stop for stop in settings["until"] if stop]
         work = lambda mine: self.decode_until([encoded[i] for i in mine], decoding, until, silent)
         return share_out([len(prompt) for prompt in encoded], work)
 
     def decode_until(
         self, prompts: list[list[int]], decoding: Decoding, until: list[str], silent: bool
-    ) -> Iterable[tuple[str, Result]]:
+    ) -> list[tuple[str, Result]]:
         """`write`, in this process alone, of token ids."""
         results, ended = [Result() for _ in prompts], [False] * len(prompts)
         with tqdm(total=len(prompts), unit="prompt", disable=silent or rank() > 0) as bar:
-            for pass_ in decode(self.model, prompts, decoding, recorded=self.recorded):
-                row = pass_.row
-                if ended[row]:
+            for step in decode(self.model, prompts, decoding, recorded=self.recorded):
+                i = step.prompt
+                if ended[i]:
                     continue
-                results[row].add(pass_)
-                if until and pass_.final and not pass_.finish_reason:
-                    tail = self.tokens.decode(results[row].tokens[-len(pass_.final) - 64 :])
+                results[i].add(step)
+                if until and step.final and not step.finish_reason:
+                    tail = self.tokens.decode(results[i].tokens[-len(step.final) - 64 :])
                     if any(stop in tail for stop in until):
-                        pass_.finish_reason = "stop"  # tells the decoder, which may then end the row
-                ended[row] = pass_.finish_reason is not None
-                bar.update(ended[row])
+                        step.finish_reason = "stop"  # tells the decoder, which ends the row
+                ended[i] = step.finish_reason is not None
+                bar.update(ended[i])
         texts = [self.tokens.decode(result.tokens) for result in results]
         ends = [min((text.find(stop) for stop in until if stop in text), default=None) for text in texts]
         return [(text[:end], result) for text, end, result in zip(texts, ends, results)]
@@ -211,9 +232,8 @@ class HarnessModel(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.reading == "ar":
             return super()._encode_pair(context, continuation)
-        begin = self.tokens.encode(
-            context
-        )  # the base class makes a chat prompt's last newline the first token
+        # the base class makes a chat prompt's last newline the first token
+        begin = self.tokens.encode(context)
         return begin, self.tokens.encode(context + continuation)[len(begin) :]
 
     @torch.inference_mode()
@@ -257,14 +277,13 @@ class HarnessModel(TemplateLM):
         row += [mask] * (-len(row) % size)
         require(len(row) <= config.max_position_embeddings, f"A question has {len(row)} tokens, too many.")
         tokens = torch.tensor([row], device=self.device)
-        positions = torch.arange(len(row), device=self.device)
-        begin = len(context) // size * size  # of the block with the mask
-        causal = torch.tensor([[begin]], device=self.device) if config.clean == "causal" else None
-        seen = block_causal_mask(positions[None], positions, size, causal)
+        sees = [fastdllm.block_causal(i, size) for i in range(len(row))]
+        sees = torch.tensor([sees], device=self.device)
+        seen = fastdllm.attention_mask(sees, len(row))
         groups = config.num_attention_heads // config.num_key_value_heads
-        bias = attention_bias(seen, groups, self.model.weight.dtype)
-        attend = lambda layer, q, k, v: grouped_attention(q, k, v, bias)
-        hidden = self.model(tokens, positions[None], attend, (tokens == mask)[..., None])
+        bias = fastdllm.attention_bias(seen, groups, self.model.weight.dtype)
+        attend = lambda layer, q, k, v: fastdllm.grouped_attention(q, k, v, bias)
+        hidden = self.model(tokens, sees[..., 0], attend)
         scores = self.model.logits(hidden[0, len(context) - 1]).float().log_softmax(-1)  # token shift
         return [(scores[continuation[0]].item(), False)]
 
@@ -295,39 +314,35 @@ def evaluate(model: HarnessModel, tasks: list[str], manager: TaskManager, chat: 
     model.speed = {}
     options |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
     results = simple_evaluate(model, tasks=tasks, task_manager=manager, **options)
-    for found in model.speed.values():
-        found["tokens_per_forward"] = found["tokens"] / max(1, found["forward_passes"])
-        found["tokens_per_second"] = found["tokens"] / found["seconds"]
-    return results | {"speed": model.speed}
+    return results | {"speed": {task: found | speed_of([found]) for task, found in model.speed.items()}}
+
+
+def speed_of(sums: Iterable[dict]) -> dict:
+    """Rates of several tasks' SUMS together."""
+    tokens, passes, seconds = (sum(found[name] for found in sums) for name in SUMS)
+    return {"tokens_per_forward": tokens / max(1, passes), "tokens_per_second": tokens / (seconds or 1)}
 
 
 def paper_table(
-    model: HarnessModel, tasks: list[str], thresholds: list[float], **options
+    model: HarnessModel, tasks: list[str], thresholds: list[float | None], **options
 ) -> tuple[str, dict]:
     """Our scores with the paper's beside them, as Markdown; and lm-eval's results by task and threshold."""
     header = ["task", "threshold", "score", "tokens per forward", "tokens/s", *PAPER_SCORES]
     rows, found = [header, ["---"] * len(header)], {}
     for task in tasks:
         column, shots, marker, metric = PAPER_TASKS[task]
-        model.instructions = {task: (marker, cli.PAPER_PROMPT)} if marker else {}
+        model.instructions = {task: (marker, PAPER_PROMPT)} if marker else {}
         for threshold in thresholds:
             model.decoding = replace(model.decoding, threshold=threshold)
             results = evaluate(model, [task], num_fewshot=shots, **options)
-            found[f"{task}, threshold {threshold:g}"] = results
-            total = lambda key, speed=results["speed"]: sum(rates[key] for rates in speed.values())
-            speed = [
-                total("tokens") / max(1, total("forward_passes")),
-                total("tokens") / (total("seconds") or 1),
-            ]
-            score, paper = (
-                100 * results["results"][task][metric],
-                [row[column] for row in PAPER_SCORES.values()],
-            )
-            rows.append(
-                [column, f"{threshold:g}", f"{score:.1f}", *(f"{x:.2f}" for x in speed), *map(str, paper)]
-            )
-            if not results["speed"]:  # log-likelihoods, which have no threshold
-                rows[-1][1] = rows[-1][3] = rows[-1][4] = ""
+            generates = bool(results["speed"])  # log-likelihoods have no threshold
+            shown = "" if threshold is None or not generates else f"{threshold:g}"
+            found[f"{task}, threshold {shown}" if shown else task] = results
+            speed = speed_of(results["speed"].values()).values()
+            score, paper = results["results"][task][metric], (row[column] for row in PAPER_SCORES.values())
+            row = [column, shown, f"{100 * score:.1f}", *(f"{x:.2f}" if generates else "" for x in speed)]
+            rows.append([*row, *map(str, paper)])
+            if not generates:
                 break
     return "\n".join("| " + " | ".join(row) + " |" for row in rows), found
 
@@ -340,59 +355,61 @@ def write_results(path: Path, results: dict, samples: list[dict]) -> None:
         replace_file(file, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
-@click.command(help=__doc__)
-@click.option("--model", default=str(cli.SHIPPED), help="Folder or Hub id  [default: the shipped checkpoint]")
-@click.option("--adapter", help="Folder or Hub id of a draft adapter, for --decoder verify.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--tasks", callback=lambda c, p, text: text and text.split(","), help="Names, with commas.")
+@click.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "), context_settings=console.HELP_OPTIONS)
+@console.model_options
+@click.option("--tasks", type=console.ListOf(click.STRING), help="Names, with commas.")
 @click.option("--include-path", "folder", type=click.Path(exists=True, file_okay=False), help="More tasks.")
 @click.option("--paper", is_flag=True, help="The paper's tasks, or some, in the original's settings.")
-@click.option("--decoder", type=click.Choice([*DECODERS]), default="threshold", show_default=True)
-@click.option("--threshold", default=Decoding.threshold, show_default=True, help="--paper: 1, then 0.9.")
-@click.option("--loglikelihood", "reading", type=click.Choice(["ar", "original"]), help="[default: ar]")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the task's, else 256]")
-@click.option("--batch-size", default=Decoding.batch_size, show_default=True, help="Prompts at a time.")
-@click.option("--num-fewshot", type=click.IntRange(0), help="Examples per question  [default: the task's]")
-@click.option("--limit", type=click.IntRange(1), help="Only the first questions of each task.")
-@click.option("--chat/--no-chat", default=True, show_default=True, help="Apply the chat template.")
-@click.option("--confirm-run-unsafe-code", is_flag=True, help="Let lm-eval itself run what the model writes.")
+@click.option("--decoder", type=click.Choice([*DECODERS]), default="threshold")
+@click.option("--threshold", type=click.FloatRange(0, 1), show_default="0.9; with --paper 1, then 0.9")
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="lm-eval's result file, as JSON."
+    "--loglikelihood",
+    "reading",
+    type=click.Choice(["ar", "original"]),
+    show_default="ar; with --paper original",
 )
-@cli.reports_mistakes
+@click.option("--max-new-tokens", type=console.COUNT, show_default="the task's, else 256")
+@console.batch_option
+@click.option("--num-fewshot", type=click.IntRange(0), show_default="the task's", help="Examples.")
+@click.option("--limit", type=console.COUNT, help="Only the first questions of each task.")
+@click.option("--chat/--no-chat", default=True, help="Apply the chat template.")
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Let lm-eval itself run what the model writes.")
+@click.option("--output", type=console.FILE, help="lm-eval's result file, as JSON.")
+@console.reports_mistakes
 def main(
-    model, adapter, device, dtype, tasks, folder, paper, decoder, threshold, reading, max_new_tokens,
-    batch_size, num_fewshot, output, **options,
+    model, adapter, device, dtype, packed, threads, tasks, folder, paper, decoder, threshold, reading,
+    max_new_tokens, batch_size, num_fewshot, output, **options,
 ):  # fmt: skip
     require(tasks or paper, "Name --tasks, or take --paper.")
-    tasks = tasks or list(PAPER_TASKS)
+    tasks, causal = tasks or list(PAPER_TASKS), decoder in ("ar", "verify")
     require(not paper or set(tasks) <= set(PAPER_TASKS), f"--paper knows the tasks {', '.join(PAPER_TASKS)}.")
-    require(
-        not paper or num_fewshot is None, "--paper has its own number of examples; leave --num-fewshot out."
-    )
-    known = output is None or output.absolute().parent.is_dir()
-    require(known, f"--output {output}: there is no such folder.")
-    decoding = Decoding(threshold=threshold, batch_size=batch_size, **DECODERS[decoder])
+    own = "--paper has its own number of examples; leave --num-fewshot out."
+    require(not paper or num_fewshot is None, own)
+    unused = f"--decoder {decoder} has no threshold; leave --threshold out."
+    require(not causal or threshold is None, unused)
+    if output:
+        console.require_writable("--output", output)
+    given = {} if causal else {"threshold": threshold}
+    decoding = DECODERS[decoder](batch_size=batch_size, **given)
     with processes(device) as device:
         if world_size() > 1:  # to lm-eval all processes are one model, and all get its results
             os.environ["LOCAL_RANK"] = "0"
-        network, tokenizer = load(model, device, dtype, adapter)
-        decoding.resolve(network.config)  # a mistake is told before data is fetched
-        causal = decoder in ("ar", "verify")
+        network, tokenizer, recorded = console.open_model(
+            model, adapter, device, dtype, packed, threads, record=True
+        )
+        decoding.resolve(network)  # a mistake is told before data is fetched
         reading = reading or ("original" if paper and not causal else "ar")
         longest = max_new_tokens or (PAPER_TOKENS if paper else None)
-        subject = HarnessModel(model, prepack(network), tokenizer, decoding, reading, longest)
+        subject = HarnessModel(model, network, tokenizer, decoding, reading, longest, recorded)
+        talks = not options["chat"] or tokenizer.template
+        require(talks, f"{model}: has no chat template; --no-chat asks without one.")
         options |= {"manager": find_tasks(tasks, folder)}
         if paper:
-            table, found = paper_table(subject, tasks, [threshold] if causal else [1.0, 0.9], **options)
+            rounds = [threshold] if causal or threshold is not None else [1.0, 0.9]
+            table, found = paper_table(subject, tasks, rounds, **options)
         else:
             found = evaluate(subject, tasks, num_fewshot=num_fewshot, **options)
-            speed = found["speed"].items()
-            lines = [
-                f"{task}: {cli.summary_line(rates | {'new_tokens': rates['tokens']})}"
-                for task, rates in speed
-            ]
+            lines = [f"{task}: {summary_line(speed)}" for task, speed in found["speed"].items()]
             table = "\n".join([utils.make_table(found), *lines])
         if rank() > 0:  # all have found the same
             return
@@ -402,9 +419,9 @@ def main(
         answers = [item for results in runs for item in results.pop("samples").items()]
         samples = [{"task": task} | sample for task, found_samples in answers for sample in found_samples]
         about = {
-            "decoding": asdict(decoding),
+            "decoding": options_of(decoding),
             "loglikelihood": reading,
-            "environment": cli.environment(device),
+            "environment": environment(device),
         }
         write_results(output, found | about, samples)
 

@@ -1,49 +1,56 @@
-"""Transformers' Qwen2 beside our AR, verified and block decoding: the same weights and prompts, in one run.
+"""Transformers' Qwen2 beside our AR, verified and block decoding: the same weights, prompts and stop tokens.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/peers.py --shape 0.5b --batch-sizes 1,4 --json FILE
-    python benchmarks/peers.py --model FOLDER --adapter FOLDER --batch-sizes 1,4,16,32 --ragged --json FILE
+    python benchmarks/peers.py --model FOLDER --adapter FOLDER --prompts prompts.jsonl --output FILE.jsonl
+    python benchmarks/peers.py --shape 0.5b --dtypes float32,bfloat16 --exact --output FILE.jsonl
+    python benchmarks/peers.py --output FILE.jsonl --summary
+
+All take turns at each batch of prompts, another one first each time; speeds include the prompts. Each line of
+the result is one batch: everyone's tokens, passes and seconds. A run that was stopped goes on. The table says
+how much is equal to AR of the same dtype: in half precision kernels differ with the shape, and rounding parts
+two answers at a tie; what follows then differs too.
 
 Transformers runs as its users run it: `generate`, greedy, with its defaults, on CUDA without cuDNN's
-attention, as ours. On a CPU our weights are prepacked, so memory holds them twice; `--plain` measures ours
-with Transformers' own tensors too. Each decoder writes exactly `--new-tokens` tokens. Rounds are interleaved
-after a warm-up; medians are reported with the lowest and highest. "First" is the time of a run that writes
-one token, and tokens/s is of what comes after it. Equal are the tokens before the first difference of an
-answer and those after it: in half precision kernels differ with the shape, and rounding parts them at a tie.
-
-Prompts are the first ones of `--prompts` (JSONL as `cli.py generate` takes it). Without it they are word
-problems in the chat format, repeated up to `--prompt-tokens`, or random ids where there is no tokenizer;
-`--ragged` makes these of unequal length, from a quarter of `--prompt-tokens` up. Transformers pads on the
-left. The JSON is written after each round.
+attention, as ours; it pads on the left. On a CPU our weights are prepacked, so memory holds them twice;
+`--no-prepack` measures ours with Transformers' own tensors.
 """
 
-import copy
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 
 import click
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))
-from speed import build, prepare, random_prompts, spread, table, wait, write_report  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import cli  # noqa: E402
+from speed import FixedCount, build, random_prompts, table, wait  # noqa: E402
+
+from checkpoint import unparse_config  # noqa: E402
+from commands import console  # noqa: E402
+from commands import prompts as files  # noqa: E402
 from fast import RecordedPasses, prepack  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, Tokenizer, check_prompt, generate, require  # noqa: E402
-from fastdllm import unparse_config as raw_config  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, check_prompt, generate, require  # noqa: E402
+from verify import Verified  # noqa: E402
+
+# A way to write is a function (prompts, count) -> for each prompt at most `count` new tokens, and the number
+# of forward passes after the one over the prompt, which gives the first token.
 
 
-def as_autoregressive(model: Qwen2) -> Qwen2:
-    """The same layers without a mask token: like Transformers, it may guess every id."""
-    plain = copy.copy(model)
-    plain.config = replace(model.config, block_size=1, mask_token_id=None, tokenizer_size=None)
-    return plain
+def ours(model: Qwen2, decoding: Decoding, recorded: RecordedPasses | None = None) -> Callable:
+    """A way of this project's."""
+
+    def write(prompts: list[list[int]], count: int) -> tuple[list[list[int]], int]:
+        options = replace(decoding, max_new_tokens=count, batch_size=len(prompts))
+        results = generate(model, prompts, options, recorded)
+        return [result.tokens for result in results], sum(result.forward_passes for result in results)
+
+    return write
 
 
 def transformers_version() -> str:
@@ -51,207 +58,188 @@ def transformers_version() -> str:
     try:
         from transformers import __version__ as version
     except ImportError:
-        missing = "Transformers is not installed; pip install -r benchmarks/requirements.txt"
+        missing = (
+            "Transformers is not installed: pip install -r benchmarks/requirements.txt, or --no-transformers."
+        )
         raise InputError(missing) from None
     return version
 
 
-def as_transformers(plain: Qwen2):
-    """Transformers' network around the same tensors."""
+def as_transformers(model: Qwen2):
+    """Transformers' network around the same tensors, without the adapter; the model is not prepacked."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(**raw_config(plain.config))
+    config = Qwen2Config(**unparse_config(replace(model.config, block_size=1)))
     with torch.device("meta"):
         peer = Qwen2ForCausalLM(config)
-    peer.load_state_dict(plain.state_dict(), assign=True)
+    tensors = model.state_dict().items()
+    tensors = {
+        name.replace(".base.", "."): x for name, x in tensors if not name.endswith((".A", ".B", ".row"))
+    }
+    peer.load_state_dict(tensors, assign=True)
     peer.tie_weights()
     rotary = peer.model.rotary_emb  # its tables are in no checkpoint
-    peer.model.rotary_emb = type(rotary)(config).to(plain.weight.device)
+    peer.model.rotary_emb = type(rotary)(config).to(model.weight.device)
     return peer.eval()
 
 
-def as_peer(peer, device: torch.device, stop_token_ids: Iterable[int] = ()) -> Callable:
-    """Transformers' greedy `generate` as a function (prompts, count) -> new tokens; it pads on the left."""
-    stop = list(stop_token_ids) or None
+def theirs(peer, device: torch.device, stop_token_ids: tuple[int, ...]) -> Callable:
+    """Transformers' greedy `generate` as a way."""
 
-    def write(prompts: list[list[int]], count: int) -> list[list[int]]:
+    def write(prompts: list[list[int]], count: int) -> tuple[list[list[int]], int]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        how = {"do_sample": False, "max_new_tokens": count, "eos_token_id": stop, "pad_token_id": 0}
-        return peer.generate(ids, attention_mask=real.to(device), **how)[:, longest:].tolist()
+        options = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0}
+        options["eos_token_id"] = list(stop_token_ids) or None
+        rows = peer.generate(ids, attention_mask=real.to(device), **options)[:, longest:].tolist()
+        # behind its stop token a row is padded until all have ended
+        ends = [next((i + 1 for i, t in enumerate(row) if t in stop_token_ids), len(row)) for row in rows]
+        return [row[:end] for row, end in zip(rows, ends)], sum(ends) - len(ends)
 
     return write
 
 
-def make_prompts(
-    model: Qwen2, tokenizer: Tokenizer | None, count: int, length: int, ragged: bool
-) -> list[list[int]]:
-    """Prompts of `length` tokens, or with `ragged` of lengths spread evenly from a quarter of it up."""
-    quarter = max(1, length // 4)
-    lengths = [length - (length - quarter) * i // max(1, count - 1) * ragged for i in range(count)]
-    if tokenizer is None:
-        return [prompt[:n] for prompt, n in zip(random_prompts(model.config, count, length), lengths)]
-    problems = cli.read_problems(None, count).values()
-    texts = [tokenizer.chat(problem["messages"]) for problem in problems]
-    return [list(islice(cycle(text), n)) for text, n in zip(texts, lengths)]
+def timed(write: Callable, prompts: list[list[int]], count: int, device: torch.device) -> dict:
+    wait(device)
+    began = time.perf_counter()
+    answers, passes = write(prompts, count)
+    wait(device)
+    seconds = time.perf_counter() - began
+    return {"answers": answers, "forward_passes": passes, "seconds": round(seconds, 3)}
 
 
-def agreement(found: list[list[int]], expected: list[list[int]]) -> dict:
-    """Share of equal tokens, and the first place (row, position) where two answers differ, if they do."""
-    pairs = [
-        (row, i, a == b)
-        for row, (x, y) in enumerate(zip(found, expected))
-        for i, (a, b) in enumerate(zip(x, y))
-    ]
-    first = min(((i, row) for row, i, same in pairs if not same), default=None)
-    share = sum(same for *_, same in pairs) / len(pairs)
-    return {"equal_tokens": share, "first_difference": first and {"row": first[1], "position": first[0]}}
+def equal_tokens(answers: list[list[int]], expected: list[list[int]]) -> int:
+    """How many tokens stand before the first difference of each two answers."""
+    alike = ([a == b for a, b in zip(*pair)] for pair in zip(answers, expected))
+    return sum([*same, False].index(False) for same in alike)
 
 
-def measure(
-    writers: dict, prompts: list[list[int]], new_tokens: int, rounds: int, device: torch.device
-) -> Iterator[list[dict]]:
-    """A row for each of several functions (prompts, count) -> new tokens, the first of which is Transformers.
-
-    Yields the rows after each round, of all rounds so far.
-    """
-    seconds, tokens = {name: [] for name in writers}, {}
-    for number in range(rounds + 1):
-        for name, write in writers.items():
-            taken = []
-            for count in (1, new_tokens):
-                wait(device)
-                began = time.perf_counter()
-                tokens[name] = write(prompts, count)
-                wait(device)
-                taken.append(time.perf_counter() - began)
-            assert all(len(answer) == new_tokens for answer in tokens[name])
-            if number:  # the first one warms up
-                seconds[name].append(taken)
-        if number:
-            yield summary(seconds, tokens, prompts, new_tokens)
+def answers_of(run: dict) -> list[list[int]]:
+    return run.get("answers") or [run["tokens"]]  # earlier raw files have batches of one
 
 
-def summary(seconds: dict, tokens: dict, prompts: list[list[int]], new_tokens: int) -> list[dict]:
-    """A row for each decoder, of (first token, all tokens) seconds of each round and the last answers."""
-    base, rows = next(iter(seconds)), []
-    for name, taken in seconds.items():
-        rates = [len(prompts) * (new_tokens - 1) / max(whole - first, 1e-9) for first, whole in taken]
-        row = {
-            "decoder": name,
-            "batch_size": len(prompts),
-            "rounds": len(taken),
-            "prompt_tokens": list(map(len, prompts)),
-            "first_ms": spread([1000 * first for first, _ in taken]),
-            "seconds": spread([whole for _, whole in taken]),
-            "tokens_per_second": spread(rates),
-            "tokens_per_second_with_prefill": spread(
-                [len(prompts) * new_tokens / whole for _, whole in taken]
-            ),
-            "times_transformers": spread([b[1] / whole for (_, whole), b in zip(taken, seconds[base])]),
-            **agreement(tokens[name], tokens[base]),
-            "tokens": tokens[name],
-        }
-        rows.append(row)
-    return rows
-
-
-def cells(row: dict) -> list[str]:
-    """A row of the table."""
-    rate, whole, ratio = (row[key] for key in ("tokens_per_second", "seconds", "times_transformers"))
-    ours = f"{100 * row['as_our_ar']['equal_tokens']:.1f}%" if "as_our_ar" in row else ""
-    return [
-        row["decoder"],
-        str(row["batch_size"]),
-        f"{row['first_ms']['median']:.1f}",
-        f"{rate['median']:.1f} ({rate['lowest']:.1f}..{rate['highest']:.1f})",
-        f"{whole['median']:.3f}",
-        f"{ratio['median']:.2f}",
-        f"{100 * row['equal_tokens']:.1f}%",
-        ours,
-    ]
-
-
-HEADER = "decoder, batch, first (ms), tokens/s after it, seconds, times faster, as Transformers, as our AR"
-
-
-@click.command(help=__doc__)
-@cli.model_options
-@click.option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
-@click.option("--layers", type=click.IntRange(1), help="Cut the shape to so many layers.")
-@click.option("--batch-sizes", default="1,4", show_default=True, callback=cli.numbers(int, 1))
-@click.option("--prompts", "file", help="JSONL with `prompt`, `messages` or `prompt_ids`.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("--ragged", is_flag=True, help="Prompts of unequal length.")
-@click.option("--plain", is_flag=True, help="CPU: ours with plain weights too.")
-@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Of each answer.")
-@click.option("--tokens-per-pass", type=int, help="Of the block decoder  [default: 3 of random weights]")
-@click.option("--sub-block-size", default=Decoding.sub_block_size, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's]")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all here.")
-@cli.reports_mistakes
-def main(
-    model, adapter, device, dtype, packed, record, shape, layers, batch_sizes, file, prompt_tokens, ragged,
-    plain, new_tokens, rounds, threads, json_file, **knobs,
-):  # fmt: skip
-    version = transformers_version()
-    prepare(json_file, threads)
-    given = model, shape, layers, device, dtype, adapter
-    network, tokenizer = build(*given)
-    if shape:  # random weights are sure of nothing
-        knobs["tokens_per_pass"] = knobs["tokens_per_pass"] or 3
-    where = network.weight.device
-    peer = as_transformers(as_autoregressive(network))
-    ours = {"": network}  # what the decoder's name has behind it, and the network
-    if packed and where.type == "cpu":
-        ours = {"": prepack(build(*given)[0])} | ({", plain": network} if plain else {})
-
-    def write(model: Qwen2, recorded: RecordedPasses | None, how: dict, prompts, count) -> list[list[int]]:
-        decoding = Decoding(max_new_tokens=count, batch_size=len(prompts), stop_token_ids=(), **how)
-        return [result.tokens for result in generate(model, prompts, decoding, recorded)]
-
-    writers, ar_alike = {"transformers": as_peer(peer, where)}, {}
-    for name, each in ours.items():
-        twin = as_autoregressive(each)
-        passes = {
-            one: RecordedPasses(one) if record and where.type == "cuda" else None for one in (twin, each)
-        }
-        writers["ar" + name] = partial(write, twin, passes[twin], {})
-        if network.config.mask_token_id is not None:
-            writers["verify" + name] = partial(write, each, passes[each], {"verify": True})
-            # AR of the same model, which never guesses a mask either
-            ar_alike["verify" + name] = partial(write, each, passes[each], {"block_size": 1})
-        if network.config.block_size > 1:
-            writers["block" + name] = partial(write, each, passes[each], knobs)
-    decoding = Decoding(max_new_tokens=new_tokens, **knobs if "block" in writers else {})
-    decoding = decoding.resolve(network.config)
-    if file:
-        encoded = cli.encode_prompts(cli.read_jsonl(file), tokenizer, decoding, network.config)
-        require(len(encoded) >= max(batch_sizes), f"{file}: holds fewer prompts than --batch-sizes asks for.")
-        batches = [encoded[:size] for size in batch_sizes]
-    else:
-        batches = [make_prompts(network, tokenizer, size, prompt_tokens, ragged) for size in batch_sizes]
-        check_prompt(batches[0][0], decoding, network.config)  # the longest
-    about = {"random_weights": bool(shape), "adapter": adapter, "transformers": version}
-    about |= {
-        "attention": peer.config._attn_implementation,
-        "prepacked": ours[""].prepacked,
-        "ragged": ragged,
-    }
-    about |= {"new_tokens": new_tokens, **knobs}
+def summary(lines: list[dict]) -> str:
+    """Per set of prompts and way: tokens per forward, tokens/s, times AR, and how much is AR's."""
     rows = []
-    for prompts in tqdm(batches, unit="batch size"):
-        alike = {name: own(prompts, new_tokens) for name, own in ar_alike.items()}
-        for measured in measure(writers, prompts, new_tokens, rounds, where):
-            for row in measured:
-                answers = row.pop("tokens")
-                if row["decoder"] in alike:
-                    row["as_our_ar"] = agreement(answers, alike[row["decoder"]])
-            write_report(json_file, shape or model, network, about | {"rows": rows + measured})
-        rows += measured
-    click.echo(table(HEADER.split(", "), [cells(row) for row in rows]))
+    for name in dict.fromkeys(line["set"] for line in lines):
+        part, speed = [line["ways"] for line in lines if line["set"] == name], {}
+        for way in part[0]:
+            ar = f"{way.split()[0]} AR"  # of the same dtype
+            answers, expected = ([a for ways in part for a in answers_of(ways[w])] for w in (way, ar))
+            tokens = sum(map(len, answers))
+            speed[way] = tokens / sum(ways[way]["seconds"] for ways in part)
+            passes = sum(ways[way]["forward_passes"] for ways in part)
+            row = [f"{name}: {way}", f"{tokens / max(1, passes):.2f}", f"{speed[way]:.1f}"]
+            row += [f"{speed[way] / speed[ar]:.2f}" if ar in speed else "-"]
+            same = sum(a == b for a, b in zip(answers, expected))
+            row += [f"{same} of {len(answers)}", f"{100 * equal_tokens(answers, expected) / tokens:.1f}%"]
+            rows.append(row)
+    return table(
+        ["prompts: way", "tokens/forward", "tokens/s", "x AR", "answers as AR", "tokens as AR"], rows
+    )
+
+
+def ways_of(network: Qwen2, decodings: dict, packed: bool, record: bool, transformers: bool) -> dict:
+    """The ways to write with one model, by their names, which begin with its dtype."""
+    where, stop = network.weight.device, next(iter(decodings.values())).resolve(network).stop_token_ids
+    peer = {"Transformers": theirs(as_transformers(network), where, stop)} if transformers else {}
+    network = prepack(network) if packed else network
+    recorded = RecordedPasses(network) if record and where.type == "cuda" else None
+    own = {name: ours(network, decoding, recorded) for name, decoding in decodings.items()}
+    return {f"{str(network.weight.dtype)[6:]} {name}": way for name, way in (own | peer).items()}
+
+
+@click.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "), context_settings=console.HELP_OPTIONS)
+@console.model_options
+@console.record_option
+@click.option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
+@click.option("--dtypes", type=console.ListOf(click.STRING), help="Several, in place of --dtype.")
+@click.option("--prompts", "file", help="JSONL as `cli.py generate --input` takes it; `set` groups them.")
+@click.option(
+    "--prompt-tokens", type=console.COUNT, default=512, help="Of random prompts, without --prompts."
+)
+@click.option("--batches", type=console.COUNT, show_default="all of the file, or 3", help="How many.")
+@click.option("--batch-size", type=console.COUNT, default=1, help="Prompts at a time.")
+@click.option(
+    "--widths", type=console.ListOf(console.COUNT), show_default="the model's", help="Masks of a draft."
+)
+@click.option("--ahead", type=console.ListOf(console.COUNT), default=[], help="The same, with --draft-ahead.")
+@click.option("--transformers/--no-transformers", default=True)
+@click.option("--max-new-tokens", type=console.COUNT, default=128, help="The longest answer.")
+@click.option("--exact", is_flag=True, help="No stop tokens: each answer has --max-new-tokens.")
+@click.option("--output", "target", required=True, type=console.FILE, help="JSONL of the results.")
+@click.option("--summary", "only_summary", is_flag=True, help="Print the table of what is there.")
+@console.reports_mistakes
+def main(
+    model, adapter, device, dtype, packed, threads, record, shape, dtypes, file, prompt_tokens, batches,
+    batch_size, widths, ahead, transformers, max_new_tokens, exact, target, only_summary,
+):  # fmt: skip
+    if only_summary:
+        lines = [*files.parse_jsonl(target.read_bytes(), target).values()][1:]
+        own = lines and all({"set", "ways"} <= line.keys() for line in lines)
+        require(own, f"{target}: is no result of this program, or holds no batch yet.")
+        click.echo(summary(lines))
+        return
+    console.require_writable("--output", target)
+    about = {"transformers": transformers_version()} if transformers else {}
+    limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": () if exact else None}
+    ways = {}
+    for name in dtypes or [dtype]:
+        network, tokenizer = build(model, adapter, device, name, threads, shape)
+        config = network.config = replace(network.config, **{"tokenizer_size": None} if shape else {})
+        decodings = {"AR": Decoding(block_size=1, **limits)}
+        if config.mask_token_id is not None:
+            for width in widths or [None]:
+                words = f"verify, width {width}" if width else "verify"
+                decodings[words] = Verified(draft_width=width, **limits)
+            for width in ahead:
+                words = f"verify, width {width}, ahead"
+                decodings[words] = Verified(draft_width=width, draft_ahead=True, **limits)
+        if config.block_size > 1:  # random weights are sure of nothing
+            decodings["block"] = (FixedCount if shape else Decoding)(**limits)
+        ways |= ways_of(network, decodings, packed, record, transformers)
+    count = None if batches is None else batches * batch_size
+    longest = decodings["AR"].resolve(network)
+    if file:
+        records = dict([*files.read_jsonl(file).items()][:count])
+        prompts, records = files.encode_prompts(records, tokenizer, longest, config), [*records.values()]
+    else:
+        prompts = random_prompts(config, count or 3 * batch_size, prompt_tokens)
+        check_prompt(prompts[0], longest, config)
+        records = [{"set": "random"}] * len(prompts)
+    used = {"shape": shape} if shape else files.header_of(model, adapter, network, longest)
+    run = hashlib.sha256(json.dumps([used, list(ways), batch_size, prompts]).encode()).hexdigest()
+    busy = f"{target}: another run is writing it; wait for it, or name another --output."
+    with files.lock_run(target, busy) as output:
+        files.cut_half_a_line(target)  # a killed run leaves it
+        header, *done = [*files.parse_jsonl(target.read_bytes(), target).values()] or [{}]
+        same = not header or header.get("run") == run
+        require(same, f"{target}: holds a run of other weights, prompts or ways; take another --output.")
+        where = network.weight.device
+        if not header:
+            about |= {
+                "model": shape or model,
+                "adapter": adapter,
+                "batch_size": batch_size,
+                "ways": list(ways),
+            }
+            files.write_line(output, files.environment(str(where)) | about | {"run": run})
+        for write in ways.values():  # warms up
+            write(prompts[:batch_size], min(8, max_new_tokens))
+        try:
+            for start in tqdm(range(len(done) * batch_size, len(prompts), batch_size), unit="batch"):
+                texts, names = prompts[start : start + batch_size], list(ways)
+                first = start // batch_size % len(ways)
+                turn = names[first:] + names[:first]
+                found = {way: timed(ways[way], texts, max_new_tokens, where) for way in turn}
+                first_one = records[start] if batch_size == 1 else {}
+                line = {"set": first_one.get("set", "all"), "id": first_one.get("id")}
+                done.append(line | {"ways": {way: found[way] for way in ways}})
+                files.write_line(output, done[-1])
+        finally:  # also after Ctrl-C
+            if done:
+                click.echo(summary(done))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@
 # DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl, mbpp_train.jsonl and humaneval.jsonl as they are published.
 # The exit status is 75 where time ran out.
 #
+# Memory: backward keeps 68,160 bytes for each token in each layer; a row of 2,048 has 3 x 2,048 tokens (two views
+# and the clean copy) in 24 layers, 10.1 GB. So --micro-batch 4 keeps 40 GB; weights, gradients and AdamW's state
+# take 8 GB, a few chunks of logits 1 GB: a device of 80 GB has room. --micro-batch 8 needs 90 GB, such as an H200.
+#
 # Estimates of minutes on an H100; 0.5e9 parameters, 1.0 GB in bfloat16:
 #    3  answers   3,000 answers of 250 tokens, 128 at a time, AR: 0.8 M tokens at 5,000 tokens/s
 #   30  adapt     20 M tokens = 610 steps of 16 x 2,048; a token costs 6 x 0.5e9 x 3 views = 9 GFLOP, at 30% of
@@ -43,13 +47,14 @@ model=$(absolute "$2") data=$(absolute "$3") work=$(absolute "$4") results=$(abs
 ends=$((SECONDS + ${6:-540}))
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-device=cuda longest=512 most=1500 chunk=500 batch=128 problems=("$data/gsm8k_test.jsonl" --paper-prompt)
-adapt=(--steps 610 --batch-size 16 --micro-batch 8 --seq-len 2048 --lr 3e-5 --warmup 50 --save-every 40)
+device=cuda longest=512 most=1500 batch=128 problems=("$data/gsm8k_test.jsonl" --paper-prompt)
+train=$data/gsm8k_train.jsonl
+adapt=(--steps 610 --batch-size 16 --micro-batch 4 --seq-len 2048 --lr 3e-5 --warmup 50 --save-every 40)
 if [ -n "${quick:-}" ]; then
-  device=cpu longest=16 most=2 chunk=2 batch=2 problems=(tiny/sample.jsonl --count 2)
+  device=cpu longest=16 most=2 batch=2 problems=(tiny/sample.jsonl --count 2) train=tiny/sample.jsonl
   adapt=(--steps 2 --batch-size 2 --seq-len 192 --lr 1e-5 --warmup 1 --save-every 1)
 fi
-mkdir -p "$work/answers" "$results"
+mkdir -p "$work" "$results"
 export TQDM_MININTERVAL=10
 
 timed() { # a command, for the time that is left; where that is too short, the script ends and goes on next time
@@ -66,26 +71,20 @@ timed() { # a command, for the time that is left; where that is too short, the s
   esac
 }
 
-# 1. Its own answers, in files that are there whole or not at all
+# 1. Its own answers. Every file is there whole or not at all; what began goes on.
 if [ ! -e "$work/prompts.jsonl" ]; then
   "$python" adapters/prompts.py --most "$most" --maths "$data/gsm8k_train.jsonl" --tasks "$data/mbpp_train.jsonl" \
     >"$work/prompts.part"
-  split -l "$chunk" -d -a 3 --additional-suffix .jsonl "$work/prompts.part" "$work/answers/prompts."
   mv "$work/prompts.part" "$work/prompts.jsonl"
 fi
-for prompts in "$work"/answers/prompts.*.jsonl; do
-  answers=${prompts/prompts./own.}
-  [ ! -e "$answers" ] || continue
+if [ ! -e "$work/own.jsonl" ]; then
   timed "$python" cli.py generate --model "$model" --device "$device" --block-size 1 --max-new-tokens "$longest" \
-    --batch-size "$batch" --input "$prompts" --output "$answers.part"
-  mv "$answers.part" "$answers"
-done
+    --batch-size "$batch" --input "$work/prompts.jsonl" --output "$work/own.jsonl"
+fi
 
 # 2. Adaptation, which takes up its last checkpoint
 if [ ! -e "$work/data.jsonl" ]; then
-  train=$data/gsm8k_train.jsonl
-  [ -z "${quick:-}" ] || train=tiny/sample.jsonl
-  cat "$work"/answers/own.*.jsonl "$train" >"$work/data.part"
+  cat "$work/own.jsonl" "$train" >"$work/data.part"
   mv "$work/data.part" "$work/data.jsonl"
 fi
 if [ ! -e "$work/adapted/model.safetensors" ]; then
@@ -94,7 +93,7 @@ if [ ! -e "$work/adapted/model.safetensors" ]; then
 fi
 cp "$work/adapted/metrics.jsonl" "$results"
 
-# 3. Judged: a finished report is not made again, an unfinished one of GSM8K goes on
+# 3. Judged
 if [ -n "${quick:-}" ]; then
   sed -n '1,2s/"id": [0-9]*/"task_id": "x"/p' tiny/prompts.jsonl >"$work/humaneval.jsonl"
 else
@@ -110,10 +109,9 @@ judge() { # name, checkpoint, options
   fi
   if [ ! -e "$results/humaneval_$name.jsonl" ]; then # EvalPlus or human-eval run these, in their own sandbox
     timed "$python" cli.py generate --model "$from" --device "$device" --input "$work/humaneval.jsonl" \
-      --batch-size 32 --max-new-tokens "$longest" --output "$work/humaneval_$name.answers" "$@"
-    "$python" benchmarks/code_samples.py samples "$work/humaneval_$name.answers" >"$work/humaneval_$name.jsonl"
-    cp "$work/humaneval_$name.answers" "$results/humaneval_$name.answers.jsonl"
-    mv "$work/humaneval_$name.jsonl" "$results"
+      --batch-size 32 --max-new-tokens "$longest" --output "$results/humaneval_$name.answers.jsonl" "$@"
+    "$python" benchmarks/code_samples.py samples "$results/humaneval_$name.answers.jsonl" >"$work/samples.jsonl"
+    mv "$work/samples.jsonl" "$results/humaneval_$name.jsonl"
   fi
 }
 judge base "$model" --block-size 1

@@ -1,13 +1,14 @@
 """Speed of decoders beside AR of the same weights in the same run: what `python cli.py bench` does.
 
-    python cli.py bench                                              # the shipped checkpoint
-    python cli.py bench --shape 7b --batch-sizes 1,4,16 --json FILE  # random weights, 3 tokens a pass
+    python cli.py bench                                                # the shipped checkpoint
+    python cli.py bench --shape 7b --batch-sizes 1,4,16 --output FILE  # random weights, 3 guesses kept a pass
 
-Every row of the table decodes the same prompts. Each is run once alone from an empty cache, for its memory.
-Then the rows of one batch size take turns: one round that is not counted, and `--rounds` that are; medians
-are reported with the lowest and highest, and the JSON is written after each batch size. A pass lasts from the
-end of the one before it to its own, so that passes add up to the whole and the host's work is in them. Rows
-that wait for windows of one width share a forward pass; where their kinds differ it is listed as "mixed".
+Every row of the table decodes the same prompts. Each row runs once alone from an empty cache, which warms up
+and shows its memory. Then the rows of one batch size take turns for `--rounds` rounds. Medians are reported
+with the lowest and highest, and the JSON is written after each batch size. A pass lasts from the end of the
+one before it to its own, so that passes add up to the whole and the host's work is in them. Rows that wait
+for windows of one width share a forward pass; where their kinds differ it is listed as "mixed". A prompt
+longer than 512 positions has several prefill passes.
 
 The machine's limit for a pass is the longer of two times: of the bytes that must move, at the rate of a large
 copy, and of the operations that must be done, at the rate of a large matrix product, both measured in the
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
@@ -38,13 +39,16 @@ try:
 except ImportError:  # Windows
     resource = None
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-import cli  # noqa: E402
 import fastdllm  # noqa: E402
+from checkpoint import DTYPES, Tokenizer, pick_device, replace_file  # noqa: E402
+from commands.console import SHIPPED, open_model, require_writable  # noqa: E402
+from commands.evaluate import read_problems  # noqa: E402
+from commands.prompts import environment, options_of, rates  # noqa: E402
 from fast import PrepackedLinear, RecordedPasses, avoid_cudnn_attention, prepack  # noqa: E402
-from fastdllm import Config, Decoding, InputError, Pass, Qwen2, Result, require, round_up  # noqa: E402
+from fastdllm import Config, Decoding, Qwen2, Result, Row, Step, check_prompt, require  # noqa: E402
+from verify import Verified  # noqa: E402
 
 QWEN = {"max_position_embeddings": 32768, "block_size": 32, "mask_token_id": 151665, "tokenizer_size": 151666}
 SHAPES = {  # of Qwen2.5; "tiny" is for trying things out
@@ -53,19 +57,39 @@ SHAPES = {  # of Qwen2.5; "tiny" is for trying things out
     "1.5b": Config(151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True, **QWEN),
     "7b": Config(152064, 3584, 18944, 28, 28, 4, 128, **QWEN),
 }
-DECODERS = {
-    "ar": {"block_size": 1},
+CAUSAL = {  # decoders without diffusion blocks
+    "ar": partial(Decoding, block_size=1),
+    "verify": Verified,
+    "ahead": partial(Verified, draft_ahead=True),
+}
+BLOCKWISE = {
     "block": {},
     "prefix": {"accept": "prefix"},
-    "verify": {"verify": True},
-    "ahead": {"verify": True, "draft_ahead": True},
-    "fused": {"fuse_commit": True},
     "dual": {"cache": "dual"},
     "none": {"cache": "none"},
 }
 
 
 # --- What is measured ---
+
+
+@dataclass(frozen=True)
+class FixedCount(Decoding):
+    """Keeps a fixed number of guesses in each pass, whatever their confidence: random weights have none."""
+
+    guesses_per_pass: int = 3
+
+    def row(self, prompt: Sequence[int], mask: int | None, cached: int = 0, index: int = 0) -> Row:
+        return FixedCountRow(prompt, self, mask, cached, index)
+
+
+class FixedCountRow(Row):
+    def take(self, step: Step, guesses: list[tuple[int, float]]) -> None:
+        order = range(len(guesses))
+        if self.decoding.accept == "threshold":  # the most confident ones, else the first
+            order = sorted(order, key=lambda i: -guesses[i][1])
+        kept = order[: self.decoding.guesses_per_pass]
+        super().take(step, [(token, float(i in kept)) for i, (token, _) in enumerate(guesses)])
 
 
 def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0) -> Qwen2:
@@ -84,25 +108,28 @@ def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0)
 
 
 def build(
-    model: str, shape: str | None, layers: int | None, device: str, dtype: str, adapter: str | None = None
-):
-    """Model and tokenizer of a checkpoint, or random weights of a shape: bfloat16 on CUDA, else float32."""
-    avoid_cudnn_attention()
-    require(
-        not (shape and model != str(cli.SHIPPED)),
-        "--shape and --model exclude one another; give one of them.",
-    )
-    require(shape or not layers, "--layers cuts a --shape; a checkpoint is taken whole.")
+    model: str, adapter: str | None, device: str, dtype: str, threads: int | None = None,
+    shape: str | None = None, layers: int | None = None,
+) -> tuple[Qwen2, Tokenizer | None]:  # fmt: skip
+    """A checkpoint's model and tokenizer, or random weights of a shape: bfloat16 on CUDA, else float32.
+
+    Raises InputError for options that do not fit each other.
+    """
     if not shape:
-        return fastdllm.load(model, device, dtype, adapter)
+        require(not layers, "--layers cuts a --shape; a checkpoint is taken whole.")
+        return open_model(model, adapter, device, dtype, packed=False, threads=threads)[:2]
+    own = model == str(SHIPPED)
+    require(own, "--shape and --model exclude one another; give one of them.")
+    require(not adapter, "--shape makes random weights, so --adapter has no place beside it.")
     require(shape in SHAPES, f"--shape {shape} is not known; take one of {', '.join(SHAPES)}.")
-    require(
-        dtype in fastdllm.DTYPES, f"dtype {dtype!r} is not known; take one of {', '.join(fastdllm.DTYPES)}."
-    )
+    require(dtype in DTYPES, f"--dtype {dtype} is not known; take one of {', '.join(DTYPES)}.")
+    if threads:
+        torch.set_num_threads(threads)
+    avoid_cudnn_attention()
+    device = pick_device(device)
     config = replace(SHAPES[shape], num_hidden_layers=layers or SHAPES[shape].num_hidden_layers)
-    device = fastdllm.pick_device(device)
     usual = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return random_model(config, device, fastdllm.DTYPES[dtype] or usual), None
+    return random_model(config, device, DTYPES[dtype] or usual), None
 
 
 def random_prompts(config: Config, count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -112,62 +139,49 @@ def random_prompts(config: Config, count: int, length: int, seed: int = 0) -> li
 
 
 def plan(
-    config: Config, decoders: Sequence[str], sub_block_sizes, rules: list[dict], **common
+    model: Qwen2, decoders: list[str], sub_block_sizes: list[int], rules: list[dict], **common
 ) -> dict[str, Decoding]:
-    """Ways to decode, resolved, by a label. Raises InputError for what cannot work."""
+    """Ways to decode, resolved, by a label. Raises InputError for what cannot work.
+
+    rules: what the decoders with blocks keep, {"threshold": 0.9} or {"guesses_per_pass": 3}.
+    """
     found = {}
     for name in decoders:
-        require(name in DECODERS, f"--decoders has {name!r}; take some of {', '.join(DECODERS)}.")
-        alone = name in ("ar", "verify", "ahead")  # none of these has sub-blocks
-        ok = alone or config.block_size > 1
-        require(
-            ok, "The checkpoint has no diffusion block: only --decoders ar works, and verify with an adapter."
-        )
-        for sub, rule in [(1, {})] if alone else product(sub_block_sizes, rules):
-            decoding = Decoding(sub_block_size=sub, **DECODERS[name], **rule, **common).resolve(config)
-            rate = (
-                f"threshold {decoding.threshold:g}"
-                if "threshold" in rule
-                else f"{decoding.tokens_per_pass} a pass"
-            )
-            found[name if alone else f"{name}, sub-block {decoding.sub_block_size}, {rate}"] = decoding
+        if name in CAUSAL:
+            found[name] = CAUSAL[name](**common).resolve(model)
+            continue
+        plain = "The checkpoint has no diffusion block: only --decoders ar works, and verify with an adapter."
+        require(model.config.block_size > 1, plain)
+        for sub, rule in product(sub_block_sizes, rules):
+            [(key, value)] = rule.items()
+            kind = Decoding if key == "threshold" else FixedCount
+            label = f"threshold {value:g}" if key == "threshold" else f"{value} a pass"
+            decoding = kind(sub_block_size=sub, **BLOCKWISE[name], **rule, **common).resolve(model)
+            found[f"{name}, sub-block {sub}, {label}"] = decoding
     return found
 
 
 # --- Time, bytes and operations of a pass ---
 
 
-@cache
-def visible(start: int, stop: int, block_size: int) -> int:
-    """Pairs of a query in [start, stop) and a key that it sees: all up to the end of the query's block."""
-    return sum(round_up(a + 1, block_size) for a in range(start, stop))
-
-
-def cost(config: Config, itemsize: int, passes: Sequence[Pass], block_size: int) -> tuple[int, int]:
+def cost(config: Config, itemsize: int, steps: Sequence[Step]) -> tuple[int, int]:
     """Bytes that one forward pass over these windows must move, and operations that it must do.
 
     Bytes: every weight once, without the embedding's few rows, and the head only where something is guessed;
-    each slot of the cache that a window reads or writes, once. Operations: two for each weight of a matrix
-    and each token (of the head: each guessed token), and four for each coordinate of a query head and each
-    key that it sees. An adapter, which is on in drafts, is left out: 1.6% of the shipped one's base.
+    each slot of the cache that a window sees, once. Operations: two for each weight of a matrix and each
+    token (of the head: each guess), and four for each coordinate of a query head and each key that it sees.
+    An adapter, which is on in drafts, is left out: 1.6% of the shipped one's base.
     """
     D, L = config.hidden_size, config.num_hidden_layers
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     matrices = L * (2 * D * q + 2 * D * kv + 3 * D * config.intermediate_size)
     vectors = L * (q + 2 * kv + 2 * D) + D  # biases and norms
     head = config.vocab_size * D
-    windows = [(p.start, p.start + len(p.tokens)) for p in passes]
-    tokens, guessed = sum(len(p.tokens) for p in passes), sum(len(p.guessed) for p in passes)
-    slots = sum(round_up(stop, block_size) for _, stop in windows)
-    pairs = 0
-    for p in passes:
-        masks = p.tokens.count(config.mask_token_id) if p.kind in ("draft", "verify") else 0
-        known = len(p.tokens) - masks
-        group = masks // known  # masks after each token, which see it, all before it, and each other
-        pairs += visible(p.start, p.start + known, block_size)
-        pairs += sum(group * (p.start + token + 1 + group) for token in range(known) if group)
-    moved = matrices + vectors + head * (guessed > 0) + 2 * kv * L * slots
-    return itemsize * moved, 2 * matrices * tokens + 2 * head * guessed + 4 * q * L * pairs
+    tokens, guesses = sum(len(step.tokens) for step in steps), sum(len(step.positions) for step in steps)
+    slots = sum(max(token.end for token in step.sees) for step in steps)
+    pairs = sum(token.end - token.gap_end + token.gap_begin for step in steps for token in step.sees)
+    moved = matrices + vectors + head * (guesses > 0) + 2 * kv * L * slots
+    return itemsize * moved, 2 * matrices * tokens + 2 * head * guesses + 4 * q * L * pairs
 
 
 class Call(NamedTuple):
@@ -186,33 +200,42 @@ def wait(device: torch.device) -> None:
 
 
 def run(
-    model: Qwen2, prompts: list[list[int]], decoding: Decoding, recorded: RecordedPasses | None = None
+    model: Qwen2, texts: list[list[int]], decoding: Decoding, recorded: RecordedPasses | None = None
 ) -> tuple[list[Result], list[Call]]:
     """Decode to the end, and every forward pass on the way; the passes' times add up to the whole."""
-    weight, forward, ends = model.weight, fastdllm.run_passes, []
-    decoding = decoding.resolve(model.config)
+    weight, forward, ends = model.weight, fastdllm.run_steps, []
 
-    def watched(model, cache, places, passes, *rest):
-        guesses = forward(model, cache, places, passes, *rest)
+    def watched(model, cache, places, steps, *rest):
+        guesses = forward(model, cache, places, steps, *rest)
         wait(weight.device)  # a prefill that guesses nothing would still be running
-        ends.append((passes, time.perf_counter()))
+        ends.append((steps, time.perf_counter()))
         return guesses
 
     wait(weight.device)
     last = time.perf_counter()
-    with mock.patch.object(fastdllm, "run_passes", watched):  # the one place that all passes go through
-        results = fastdllm.generate(model, prompts, decoding, recorded)
+    with mock.patch.object(fastdllm, "run_steps", watched):  # the one place that all passes go through
+        results = fastdllm.generate(model, texts, decoding, recorded)
     calls = []
-    for passes, end in ends:
-        kind = passes[0].kind if len({pass_.kind for pass_ in passes}) == 1 else "mixed"
-        calls.append(
-            Call(kind, end - last, *cost(model.config, weight.itemsize, passes, decoding.block_size))
-        )
+    for steps, end in ends:
+        kind = steps[0].kind if len({step.kind for step in steps}) == 1 else "mixed"
+        calls.append(Call(kind, end - last, *cost(model.config, weight.itemsize, steps)))
         last = end
     return results, calls
 
 
-def limits(device: torch.device, dtype: torch.dtype, prepacked: bool = False) -> dict:
+def fastest(work: Callable, device: torch.device, times: int = 6) -> float:
+    """Seconds of the fastest of several runs."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+@torch.inference_mode()
+def limits(device: torch.device, dtype: torch.dtype, packed: bool = False) -> dict:
     """What the machine can do: bytes per second of a large copy, read plus written, and operations per
     second.
 
@@ -221,29 +244,36 @@ def limits(device: torch.device, dtype: torch.dtype, prepacked: bool = False) ->
     size, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    a, b = torch.randn(2, side, side, device=device).to(dtype)
-    linear = torch.nn.utils.skip_init(fastdllm.Linear, side, side, device=device, dtype=dtype)
-    linear.weight.data, linear.bias = b, None
-    linear = PrepackedLinear(linear) if prepacked else linear
-
-    def fastest(work) -> float:
-        seconds = []
-        for _ in range(6):
-            began = time.perf_counter()
-            work()
-            wait(device)
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
-
+    linear = nn.Linear(side, side, bias=False, device=device, dtype=dtype)
+    linear = PrepackedLinear(linear) if packed else linear
+    x = torch.randn(side, side, device=device, dtype=dtype)
     return {
-        "bytes_per_second": 2 * size / fastest(lambda: target.copy_(source)),
-        "operations_per_second": 2 * side**3 / fastest(lambda: linear(a)),
+        "bytes_per_second": 2 * size / fastest(lambda: target.copy_(source), device),
+        "operations_per_second": 2 * side**3 / fastest(lambda: linear(x), device),
         "copied_bytes": size,
         "matrix_side": side,
     }
 
 
-def alone(model: Qwen2, prompts: list[list[int]], decoding: Decoding, record: bool) -> float | None:
+WIDTHS = (1, 32)  # tokens, of AR's pass and of a block's
+
+
+@torch.inference_mode()
+def layer_times(config: Config, packed: bool) -> dict[str, list[float]]:
+    """Milliseconds that one layer takes on this CPU for each of WIDTHS, by dtype."""
+    one = replace(config, num_hidden_layers=1, vocab_size=8, mask_token_id=None, tokenizer_size=None)
+    attend = lambda layer, q, k, v: fastdllm.grouped_attention(q, k, v)
+    found = {}
+    for name in ("float32", "bfloat16"):
+        model = random_model(one, "cpu", DTYPES[name])
+        model = prepack(model) if packed else model
+        inputs = [(torch.zeros(1, n, dtype=torch.long), torch.arange(n)[None], attend) for n in WIDTHS]
+        work = [partial(model, *given) for given in inputs]
+        found[name] = [1000 * fastest(one_pass, model.weight.device, 20) for one_pass in work]
+    return found
+
+
+def alone(model: Qwen2, texts: list[list[int]], decoding: Decoding, record: bool) -> float | None:
     """Peak memory in MiB of one run that shares nothing with those before it; None where the system does not
     tell.
 
@@ -254,7 +284,7 @@ def alone(model: Qwen2, prompts: list[list[int]], decoding: Decoding, record: bo
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    run(model, prompts, decoding, RecordedPasses(model) if record else None)
+    run(model, texts, decoding, RecordedPasses(model) if record else None)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -268,8 +298,14 @@ def spread(values: Sequence[float]) -> dict:
     return {"median": median(values), "lowest": min(values), "highest": max(values)}
 
 
+def ranged(values: dict, digits: int = 1) -> str:
+    """What `spread` gave, as text."""
+    middle, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "lowest", "highest"))
+    return f"{middle} ({low}..{high})"
+
+
 @dataclass
-class Row:
+class Cell:
     """One line of the table, and what was measured of it."""
 
     decoder: str
@@ -300,200 +336,180 @@ def by_kind(rounds: list[list[Call]], machine: dict) -> dict[str, dict]:
         moving = [1000 * call.bytes / machine["bytes_per_second"] for call in of_kind[0]]
         working = [1000 * call.operations / machine["operations_per_second"] for call in of_kind[0]]
         limit = fmean(map(max, moving, working))
-        found[kind] = {"forward_calls": len(of_kind[0]), "ms": ms, "limit_ms": limit}
-        found[kind] |= {"share_of_limit": limit / ms["median"]}
-        found[kind] |= {"bound_by": "bytes" if sum(moving) > sum(working) else "operations"}
-        found[kind] |= {
-            key: fmean(getattr(call, key) for call in of_kind[0]) for key in ("bytes", "operations")
+        found[kind] = {
+            "forward_calls": len(of_kind[0]),
+            "ms": ms,
+            "limit_ms": limit,
+            "share_of_limit": limit / ms["median"],
+            "bound_by": "bytes" if sum(moving) > sum(working) else "operations",
+            "bytes": fmean(call.bytes for call in of_kind[0]),
+            "operations": fmean(call.operations for call in of_kind[0]),
         }
     return found
 
 
-def summary(row: Row, ar: Row | None, machine: dict) -> dict:
-    """A row of the report: options, counts and rates; `ar`: the row of AR decoding at the same batch size."""
-    options = (
-        "block_size sub_block_size threshold tokens_per_pass cache fuse_commit verify draft_width".split()
-    )
-    options += ["max_new_tokens", "batch_size"]
-    found = {"decoder": row.decoder, **{name: getattr(row.decoding, name) for name in options}}
-    found |= {"prompts": len(row.prompts), "prompt_tokens": sum(map(len, row.prompts))}
-    found |= cli.rates(row.results)
-    found["forward_calls"] = sum(call.kind != "prefill" for call in row.rounds[0])  # rows share one
+def summary(cell: Cell, ar: Cell | None, machine: dict) -> dict:
+    """A row of the report: options, counts and rates; `ar`: AR decoding at the same batch size."""
+    found = {"decoder": cell.decoder, **options_of(cell.decoding)}
+    found |= {"prompts": len(cell.prompts), "prompt_tokens": sum(map(len, cell.prompts))}
+    found |= rates(cell.results)
+    found["forward_calls"] = sum(call.kind != "prefill" for call in cell.rounds[0])  # rows share one
     for name, prefill in (("", False), ("_with_prefill", True)):
-        rates = row.rates(prefill)
-        found["tokens_per_second" + name] = spread(rates)
-        found["speed_up" + name] = ar and spread([a / b for a, b in zip(rates, ar.rates(prefill))])
-    found["prefill_ms"] = spread([1000 * seconds for seconds in row.seconds(True, False)])
-    return found | {"peak_memory_mib": row.memory, "passes": by_kind(row.rounds, machine)}
+        speeds = cell.rates(prefill)
+        found["tokens_per_second" + name] = spread(speeds)
+        found["speed_up" + name] = ar and spread([a / b for a, b in zip(speeds, ar.rates(prefill))])
+    found["prefill_ms"] = spread([1000 * seconds for seconds in cell.seconds(True, False)])
+    return found | {"peak_memory_mib": cell.memory, "passes": by_kind(cell.rounds, machine)}
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need to be, the first flush left."""
     widths = [max(map(len, column)) for column in zip(header, *lines)]
-    aligned = lambda line: [
-        line[0].ljust(widths[0]),
-        *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:])),
-    ]
+    aligned = lambda line: [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
     return "\n".join("  ".join(aligned(line)).rstrip() for line in (header, *lines))
 
 
-def tables(rows: list[dict], machine: dict, device: torch.device) -> str:
+HEADER = "decoder, batch, tokens/forward, tokens/s, x AR, tokens/s with prefill, x AR with prefill, "
+HEADER += "prefill ms, peak MiB"
+
+
+def tables(rows: list[dict], machine: dict, device: torch.device, record: bool) -> str:
     """The report as text: rates, then the passes."""
     middle = lambda found, digits: "-" if found is None else f"{found['median']:.{digits}f}"
-    ranged = lambda v, digits: (
-        f"{v['median']:.{digits}f} ({v['lowest']:.{digits}f}..{v['highest']:.{digits}f})"
-    )
-    rates, passes = [], []
+    lines, passes = [], []
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["passes"]))
     for row in rows:
-        name = [row["decoder"], str(row["batch_size"])]
-        memory = f"{row['peak_memory_mib'] or 0:,.0f}"
-        speed, both = row["tokens_per_second"], row["tokens_per_second_with_prefill"]
-        rates.append(
-            [*name, f"{row['tokens_per_forward']:.2f}", ranged(speed, 1), middle(row["speed_up"], 2)]
-        )
-        rates[-1] += [
-            middle(both, 1),
-            middle(row["speed_up_with_prefill"], 2),
-            middle(row["prefill_ms"], 1),
-            memory,
-        ]
+        name, memory = [row["decoder"], str(row["batch_size"])], row["peak_memory_mib"]
+        lines.append([*name, f"{row['tokens_per_forward']:.2f}", ranged(row["tokens_per_second"])])
+        lines[-1] += [middle(row["speed_up"], 2), middle(row["tokens_per_second_with_prefill"], 1)]
+        lines[-1] += [middle(row["speed_up_with_prefill"], 2), middle(row["prefill_ms"], 1)]
+        lines[-1].append("-" if memory is None else f"{memory:,.0f}")
         cell = lambda p: f"{p['ms']['median']:.2f} ({100 * p['share_of_limit']:.0f}%)" if p else "-"
         passes.append([*name, *(cell(row["passes"].get(kind)) for kind in kinds)])
     copied, multiplied = machine["bytes_per_second"] / 1e9, machine["operations_per_second"] / 1e12
     whose = "of CUDA's tensors" if device.type == "cuda" else "of the whole process so far (ru_maxrss)"
-    header = "decoder, batch, tokens/forward, tokens/s, x AR, with prefill, x AR, prefill ms, peak MiB"
+    if record:
+        whose += "; recorded passes take the cache in powers of 2, so up to twice what the prompts need"
     parts = [
-        table(header.split(", "), rates),
-        "tokens/s (lowest..highest) and the first x AR: of decoding alone; with prefill: of all the time.\n"
+        table(HEADER.split(", "), lines),
+        "tokens/s (lowest..highest) is of decoding alone, tokens/s with prefill of all the time.\n"
         f"Peak memory is that {whose}.",
         table(["milliseconds a pass", "batch", *kinds], passes),
         f"(%): share of the machine's limit, the longer of bytes at a large copy's {copied:,.1f} GB/s and\n"
         f"operations at {multiplied:,.3f} Tflop/s, a large matrix product's.",
     ]
+    if times := machine.get("layer_ms"):
+        by_width = [dict(zip(times, ms)) for ms in zip(*times.values())]
+        fast = [min(ms, key=ms.get) for ms in by_width]
+        said = [" and ".join(f"{x:.3g} ms in {name}" for name, x in ms.items()) for ms in by_width]
+        parts.append(
+            f"Fast on this CPU: --dtype {fast[0]} for AR (a layer takes {said[0]} for one token),\n"
+            f"--dtype {fast[1]} for blocks ({said[1]} for {WIDTHS[1]} tokens)."
+        )
     return "\n\n".join(parts)
-
-
-def write_report(path: Path | None, name: str, model: Qwen2, found: dict) -> None:
-    """What was found, after hardware, versions, date, command and model, as JSON, where a path is given."""
-    name = os.path.relpath(name) if os.path.isdir(name) else name
-    about = {"model": name, "layers": model.config.num_hidden_layers}
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Qwen2(model.config).parameters())
-    about |= {"parameters": parameters, "dtype": str(model.weight.dtype)[6:]}
-    about |= {"device": str(model.weight.device), "cuda": torch.version.cuda}
-    content = json.dumps(cli.environment(str(model.weight.device)) | about | found, indent=1) + "\n"
-    if path:
-        fastdllm.replace_file(path, partial(Path.write_text, data=content))
 
 
 # --- Command ---
 
 
-def prepare(path: Path | None, threads: int | None) -> None:
-    """Set the threads. Raises InputError where the report could not be written, before anything runs."""
-    if path:
-        cli.require_writable("--json", path)
-    if threads:
-        torch.set_num_threads(threads)
+def measure(
+    model: Qwen2, cells: list[Cell], rounds: int, packed: bool, record: bool, report: Callable
+) -> None:
+    """Fill in memory, then results and rounds of one batch size after the other.
 
-
-def measure(model: Qwen2, rows: list[Row], rounds: int, record: bool, report: Callable) -> bool:
-    """Fill in memory, then results and rounds of one batch size after the other; `report(machine)` after
-    each.
-
-    False where Ctrl-C ended it early. Raises InputError where memory ends.
+    `report(machine)` is called after each batch size, also where Ctrl-C or full memory ends it.
     """
-    bar = tqdm(total=len(rows) * (rounds + 2), unit="run")
-    machine, sizes = None, dict.fromkeys(row.decoding.batch_size for row in rows)
-    try:
-        for row in rows:
-            row.memory = alone(model, row.prompts, row.decoding, record)
+    weight, sizes = model.weight, dict.fromkeys(cell.decoding.batch_size for cell in cells)
+    with tqdm(total=len(cells) * (rounds + record + 1), unit="run") as bar:
+        for cell in cells:
+            bar.set_description(f"memory of {cell.decoder}, batch {cell.decoding.batch_size}")
+            cell.memory = alone(model, cell.prompts, cell.decoding, record)
             bar.update()
-        # on a CPU its buffers count as memory of the process, so this comes after the rows' own memory
-        machine = limits(model.weight.device, model.weight.dtype, model.prepacked)
+        # on a CPU their buffers count as memory of the process, so these come after the cells' own memory
+        machine = limits(weight.device, weight.dtype, packed)
+        if weight.device.type == "cpu":
+            machine["layer_ms"] = layer_times(model.config, packed)
         recorded = RecordedPasses(model) if record else None
-        if recorded:  # room for the largest row now: a cache that grows drops the recorded passes
-            longest = max(len(prompt) + row.decoding.max_new_tokens for row in rows for prompt in row.prompts)
+        if recorded:  # room for the largest cell now: a cache that grows drops the recorded passes
+            longest = max(len(text) + cell.decoding.max_new_tokens for cell in cells for text in cell.prompts)
             recorded.claim(model, max(sizes), longest + 64)
             recorded.release()
         for size in sizes:
-            group = [row for row in rows if row.decoding.batch_size == size]
-            for number in range(rounds + 1):
-                taken = []
-                for row in group:
-                    row.results, calls = run(model, row.prompts, row.decoding, recorded)
-                    taken.append(calls)
-                    bar.update()
-                if number:  # the first one warms up
-                    for row, calls in zip(group, taken):
-                        row.rounds.append(calls)
-            report(machine)
-    except torch.OutOfMemoryError:
-        size = row.decoding.batch_size
-        raise InputError(f"The memory does not hold batch size {size}; give smaller --batch-sizes.") from None
-    except KeyboardInterrupt:
-        bar.close()
-        done = sum(bool(row.rounds) for row in rows)
-        click.echo(f"Interrupted: {done} of {len(rows)} rows measured.", err=True)
-        if done:
-            report(machine)
-        return False
-    finally:
-        bar.close()
-    return True
+            group = [cell for cell in cells if cell.decoding.batch_size == size]
+            try:
+                for number in range(1 - record, rounds + 1):  # round 0 records
+                    for cell in group:
+                        bar.set_description(f"round {number} of {cell.decoder}, batch {size}")
+                        cell.results, calls = run(model, cell.prompts, cell.decoding, recorded)
+                        cell.rounds += [calls] * (number > 0)
+                        bar.update()
+                        if number == rounds:
+                            rate = f"{ranged(spread(cell.rates(False)))} tokens/s"
+                            tqdm.write(f"{cell.decoder}, batch {size}: {rate}", file=sys.stderr)
+            finally:
+                report(machine)
 
 
 def bench(
-    model, adapter, device, dtype, packed, record, shape, layers, decoders, thresholds, tokens_per_pass,
-    sub_block_sizes, batch_sizes,
-    prompts, prompt_tokens, new_tokens, rounds, threads, seed, json_file,
+    model: str, adapter: str | None, device: str, dtype: str, packed: bool, threads: int | None, record: bool,
+    shape: str | None, layers: int | None, decoders: list[str], thresholds: list[float] | None,
+    guesses_per_pass: int | None, sub_block_sizes: list[int], batch_sizes: list[int], prompts: int | None,
+    prompt_tokens: int | None, new_tokens: int, rounds: int, seed: int, target: Path | None,
 ) -> None:  # fmt: skip
-    """Measure, print the tables, and write the JSON; options as in `cli.bench`."""
-    require(
-        not (thresholds and tokens_per_pass),
-        "--thresholds and --tokens-per-pass exclude one another; give one.",
-    )
-    prepare(json_file, threads)
-    require(not (shape and adapter), "--shape makes random weights, so --adapter has no place beside it.")
-    network, tokenizer = build(model, shape, layers, device, dtype, adapter)
-    if packed:
-        prepack(network)
-    config, weight = network.config, network.weight
-    if shape and not thresholds:  # random weights are sure of nothing: at a threshold one token a pass
-        tokens_per_pass = tokens_per_pass or [3]
-    rules = [{"tokens_per_pass": n} for n in tokens_per_pass or []] or [
-        {"threshold": t} for t in thresholds or [0.9]
-    ]
+    """Measure, print the tables, and write the JSON; options as in `cli.py bench`.
+
+    After Ctrl-C what was measured is printed and written too.
+    """
+    both = thresholds and guesses_per_pass
+    require(not both, "--thresholds and --guesses-per-pass exclude one another; give one.")
+    if target:
+        require_writable("--output", target)
+    network, tokenizer = build(model, adapter, device, dtype, threads, shape, layers)
+    network = prepack(network) if packed else network
+    config, record = network.config, record and network.weight.is_cuda
+    # random weights are sure of nothing: at a threshold they write one token a pass
+    fixed = guesses_per_pass or (3 if shape and not thresholds else None)
+    rules = [{"guesses_per_pass": fixed}] if fixed else [{"threshold": t} for t in thresholds or [0.9]]
     problems = tokenizer is not None and prompt_tokens is None
-    rows = []
+    cells = []
     for size in batch_sizes:
         common = {"max_new_tokens": new_tokens, "batch_size": size, "stop_token_ids": () if shape else None}
-        ways = plan(config, decoders, sub_block_sizes, rules, **common)
+        ways = plan(network, decoders, sub_block_sizes, rules, **common)
         # answers to problems end where they like: several batches of them, so that the last, half empty one
         # counts less
         count = prompts or (max(16, 4 * size) if problems else size)
         if problems:
-            texts = [tokenizer.chat(p["messages"]) for p in cli.read_problems(None, count).values()]
+            texts = [tokenizer.chat(problem["messages"]) for problem in read_problems(None, count).values()]
         else:
             texts = random_prompts(config, count, prompt_tokens or 1024, seed)
-        rows += [Row(name, decoding, texts) for name, decoding in ways.items()]
-        for prompt, decoding in product(texts, ways.values()):
-            fastdllm.check_prompt(prompt, decoding, config)  # all of them, before anything runs
-    about = {"random_weights": bool(shape), "prompt_kind": "problems" if problems else "random", "seed": seed}
-    about |= {"prepacked": network.prepacked}
-    summaries = []
+        cells += [Cell(name, decoding, texts) for name, decoding in ways.items()]
+        for text, decoding in product(texts, ways.values()):
+            check_prompt(text, decoding, config)  # all of them, before anything runs
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Qwen2(config).parameters())
+    name, where = os.path.relpath(model) if os.path.isdir(model) else model, str(network.weight.device)
+    packed = isinstance(network.lm_head, PrepackedLinear)  # not every machine can
+    about = environment(where) | {"model": shape or name, "adapter": adapter, "random_weights": bool(shape)}
+    about |= {"layers": config.num_hidden_layers, "parameters": parameters, "device": where}
+    about |= {"dtype": str(network.weight.dtype)[6:], "cuda": torch.version.cuda, "prepacked": packed}
+    about |= {"prompt_kind": "problems" if problems else "random", "seed": seed}
+    rows = []
 
     def report(machine: dict) -> None:
         """The rows so far, as JSON: a run that is cut off leaves its figures."""
-        done = [row for row in rows if row.rounds]
-        ar = {row.decoding.batch_size: row for row in done if row.decoder == "ar"}
-        summaries[:] = [summary(row, ar.get(row.decoding.batch_size), machine) for row in done]
-        about["machine"], about["rounds"] = machine, min(len(row.rounds) for row in done)
-        write_report(json_file, shape or model, network, about | {"rows": summaries})
+        done = [cell for cell in cells if cell.rounds]
+        ar = {cell.decoding.batch_size: cell for cell in done if cell.decoder == "ar"}
+        rows[:] = [summary(cell, ar.get(cell.decoding.batch_size), machine) for cell in done]
+        about["machine"], about["rounds"] = machine, min((len(cell.rounds) for cell in done), default=0)
+        if target:
+            content = json.dumps(about | {"rows": rows}, indent=1) + "\n"
+            replace_file(target, partial(Path.write_text, data=content))
 
-    whole = measure(network, rows, rounds, record and weight.is_cuda, report)
-    if summaries:
-        click.echo(tables(summaries, about["machine"], weight.device))
-    if not whole:
-        sys.exit(cli.INTERRUPTED)
+    try:
+        measure(network, cells, rounds, packed, record, report)
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted: {len(rows)} of {len(cells)} rows were measured.", err=True)
+        raise
+    finally:
+        if rows:
+            click.echo(tables(rows, about["machine"], network.weight.device, record))

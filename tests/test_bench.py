@@ -10,15 +10,23 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 import cli
-from fastdllm import Config, Decoding, Pass, Qwen2, generate, grouped_attention, save
+import fastdllm
+from checkpoint import save
+from fastdllm import Config, Qwen2, Step, block_causal, generate
+from verify import draft_window
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import choices  # noqa: E402
 import peers  # noqa: E402
 
 from benchmarks import speed  # noqa: E402
 
 SMALL = "--shape tiny --layers 1 --device cpu --batch-sizes 1,2 --rounds 1 --prompt-tokens 32 --new-tokens 64".split()
+KINDS = {
+    "ar": {"prefill", "commit"},
+    "block": {"prefill", "full", "commit"},
+    "dual": {"prefill", "refresh", "sub", "commit"},
+    "verify": {"prefill", "draft", "verify"},
+}
 
 
 def bench(*arguments):
@@ -28,15 +36,19 @@ def bench(*arguments):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
     target = tmp_path_factory.mktemp("bench") / "bench.json"
-    run = bench(*SMALL, "--decoders", "ar,block,fused,dual,verify", "--json", target)
+    run = bench(*SMALL, "--decoders", ",".join(KINDS), "--output", target)
     assert run.exit_code == 0, run.output
-    return json.loads(target.read_text()) | {"stdout": run.stdout}
+    return json.loads(target.read_text()) | {"stdout": run.stdout, "stderr": run.stderr}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return speed.random_model(speed.SHAPES["tiny"], "cpu", torch.float32)
 
 
 def row(report: dict, decoder: str, batch_size: int) -> dict:
-    [found] = [
-        r for r in report["rows"] if r["decoder"].split(",")[0] == decoder and r["batch_size"] == batch_size
-    ]
+    of = lambda r: (r["decoder"].split(",")[0], r["batch_size"])
+    [found] = [r for r in report["rows"] if of(r) == (decoder, batch_size)]
     return found
 
 
@@ -53,8 +65,21 @@ def test_tokens_per_forward_at_a_fixed_rate_is_what_arithmetic_gives(report):
     assert row(report, "ar", 1)["forward_passes"] == 63
 
 
+def test_a_fixed_count_keeps_the_most_confident_guesses_or_the_first_ones(tiny):
+    [prompt] = speed.random_prompts(tiny.config, 1, 33)
+    for accept in ("threshold", "prefix"):
+        decoding = speed.FixedCount(guesses_per_pass=2, accept=accept, max_new_tokens=31).resolve(tiny)
+        row = decoding.row(prompt, tiny.config.mask_token_id)
+        row.take(row.next_pass(), [])  # the prefill
+        step = row.next_pass()
+        sure = [0.1, 0.9, 0.2, 0.3, 0.8, 0.0, 0.0]
+        row.take(step, [(7, confidence) for confidence in sure])
+        best = [step.positions[i] for i in ((1, 4) if accept == "threshold" else (0, 1))]
+        assert [guess.position for guess in step.revealed] == best
+
+
 def test_rows_that_share_a_pass_are_counted_once(report):
-    for decoder in ("ar", "block", "fused"):  # with DualCache rows may wait for windows of unlike width
+    for decoder in ("ar", "block"):  # with DualCache rows may wait for windows of unlike width
         alone, both = row(report, decoder, 1), row(report, decoder, 2)
         assert both["forward_passes"] == 2 * alone["forward_passes"]
         assert both["forward_calls"] == alone["forward_calls"] == alone["forward_passes"]
@@ -62,69 +87,61 @@ def test_rows_that_share_a_pass_are_counted_once(report):
 
 
 def test_each_decoder_shows_its_kinds_of_passes(report):
-    kinds = {name: set(row(report, name, 1)["passes"]) for name in ("ar", "block", "fused", "dual", "verify")}
-    assert kinds == {
-        "ar": {"prefill", "commit"},
-        "block": {"prefill", "full", "commit"},
-        "fused": {"prefill", "full", "fused"},
-        "dual": {"prefill", "refresh", "sub", "commit"},
-        "verify": {"prefill", "draft", "verify"},
-    }
+    assert {name: set(row(report, name, 1)["passes"]) for name in KINDS} == KINDS
 
 
-def test_passes_add_up_to_the_whole_and_decoding_is_not_disturbed():
-    model = speed.random_model(speed.SHAPES["tiny"], "cpu", torch.float32)
-    prompts = speed.random_prompts(model.config, 2, 40)
-    decoding = Decoding(tokens_per_pass=3, max_new_tokens=40, stop_token_ids=())
-    results, calls = speed.run(model, prompts, decoding)
-    assert results == generate(model, prompts, decoding)
+def test_passes_add_up_to_the_whole_and_a_long_prompt_has_several_prefills(tiny):
+    prompts = speed.random_prompts(tiny.config, 2, 40 + fastdllm.PIECE)
+    decoding = speed.FixedCount(max_new_tokens=40, stop_token_ids=())
+    results, calls = speed.run(tiny, prompts, decoding)
+    assert results == generate(tiny, prompts, decoding)
     assert len(calls) == sum(results[0].passes.values()) and all(call.seconds > 0 for call in calls)
+    assert [call.kind for call in calls][:3] == ["prefill", "prefill", "full"]
+    assert results[0].passes["prefill"] == 2 and results[0].forward_passes == len(calls) - 2
 
 
 # --- Bytes and operations ---
 
 CONFIG = Config(100, 8, 16, 3, 2, 1, 6, 64, block_size=4, mask_token_id=99)  # D 8, q 2 x 6, k and v 6
+MATRICES, HEAD = 3 * (12 * 8 + 2 * 6 * 8 + 8 * 12 + 3 * 8 * 16), 100 * 8
+PAIR = (
+    4 * 3 * 12
+)  # query and key: a product and a sum of d numbers in 2 heads, for the scores and for the values
 
 
-def window(start: int, width: int, guessed: int) -> Pass:
-    return Pass("full", start, [0] * width, list(range(guessed)), [], torch.empty(0), 0)
+def window(start: int, width: int, guesses: int, block_size: int = 4) -> Step:
+    sees = [block_causal(i, block_size) for i in range(start, start + width)]
+    return Step("full", start, [0] * width, sees, list(range(guesses)), [], torch.empty(0), 0)
 
 
 def test_bytes_of_a_pass_are_weights_once_and_the_cache():
-    matrices = 3 * (12 * 8 + 2 * 6 * 8 + 8 * 12 + 3 * 8 * 16)
     vectors = 3 * (12 + 2 * 6 + 2 * 8) + 8
     slot = 3 * 2 * 6  # keys and values of a position in all layers
     # a block at 8: 8 slots read, 4 written; a window of 2 at 12: slots up to 16, its block's end
-    [moved, _] = speed.cost(CONFIG, 2, [window(8, 4, 3), window(12, 2, 2)], 4)
-    assert moved == 2 * (matrices + vectors + 100 * 8 + slot * (12 + 16))
-    assert speed.cost(CONFIG, 4, [window(0, 8, 0)], 4)[0] == 4 * (
-        matrices + vectors + slot * 8
-    )  # without the head
+    moved, _ = speed.cost(CONFIG, 2, [window(8, 4, 3), window(12, 2, 2)])
+    assert moved == 2 * (MATRICES + vectors + HEAD + slot * (12 + 16))
+    without_head, _ = speed.cost(CONFIG, 4, [window(0, 8, 0)])
+    assert without_head == 4 * (MATRICES + vectors + slot * 8)
 
 
-def test_operations_of_a_pass_are_products_and_attention():
-    matrices = 3 * (12 * 8 + 2 * 6 * 8 + 8 * 12 + 3 * 8 * 16)
-    pair = (
-        4 * 3 * 12
-    )  # query and key: a product and a sum of d numbers in 2 heads, once for the scores, once for values
-    assert speed.cost(CONFIG, 2, [window(0, 8, 1)], 4)[1] == 2 * 8 * matrices + 2 * 800 + pair * (
-        4 * 4 + 4 * 8
-    )
-    assert speed.cost(CONFIG, 2, [window(12, 2, 2)], 4)[1] == 2 * 2 * matrices + 2 * 2 * 800 + pair * 2 * 16
-    assert (
-        speed.cost(CONFIG, 2, [window(5, 1, 1)], 1)[1] == 2 * matrices + 2 * 800 + pair * 6
-    )  # AR sees itself too
+@pytest.mark.parametrize("step, tokens, guesses, pairs", [
+    (window(0, 8, 1), 8, 1, 4 * 4 + 4 * 8),
+    (window(12, 2, 2), 2, 2, 2 * 16),
+    (window(5, 1, 1, block_size=1), 1, 1, 6),  # AR sees itself too
+])  # fmt: skip
+def test_operations_of_a_pass_are_products_and_attention(step, tokens, guesses, pairs):
+    assert speed.cost(CONFIG, 2, [step])[1] == 2 * tokens * MATRICES + 2 * guesses * HEAD + PAIR * pairs
 
 
 def test_the_masks_of_a_draft_see_each_other():
-    known, masks = [7], [CONFIG.mask_token_id] * 3
-    operations = lambda kind, tokens: speed.cost(
-        CONFIG, 2, [Pass(kind, 4, tokens, [5, 6, 7, 8], [], torch.empty(0), 5)], 1
-    )[1]
-    pair = 4 * 3 * 12
-    ahead = operations("verify", [7, 7] + masks[:2] + masks[:2])  # slots 4 to 9
-    assert ahead - operations("verify", [7] * 6) == pair * (2 * (5 + 2) + 2 * (6 + 2) - (7 + 8 + 9 + 10))
-    assert operations("draft", known + masks) - operations("verify", known + [7, 7, 7]) == pair * 3
+    def pairs(known, masks):
+        sees = draft_window(4, known, masks)
+        step = Step("draft", 4, [0] * len(sees), sees, [], [], torch.empty(0), 5)
+        return (speed.cost(CONFIG, 2, [step])[1] - 2 * len(sees) * MATRICES) // PAIR
+
+    assert pairs(known=4, masks=0) == 5 + 6 + 7 + 8
+    assert pairs(known=1, masks=3) == 5 + 3 * 8
+    assert pairs(known=2, masks=2) == 5 + 6 + 2 * (5 + 2) + 2 * (6 + 2)  # a mask sees what its token sees
 
 
 @pytest.mark.parametrize("shape", speed.SHAPES)
@@ -132,7 +149,7 @@ def test_the_weights_that_are_counted_are_those_of_the_network(shape):
     config = speed.SHAPES[shape]
     with torch.device("meta"):
         model = Qwen2(config)
-    counted = speed.cost(config, 1, [window(0, 32, 1)], 32)[0]
+    counted = speed.cost(config, 1, [window(0, 32, 1, block_size=32)])[0]
     counted -= 32 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     embedding = 0 if config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
     assert counted + embedding == sum(p.numel() for p in model.parameters())
@@ -142,12 +159,10 @@ def test_the_weights_that_are_counted_are_those_of_the_network(shape):
 
 
 def test_the_report_names_hardware_versions_command_and_every_figure(report):
-    for (
-        name
-    ) in "hardware torch python command date threads dtype device parameters rounds seed machine".split():
-        assert report[name] is not None, name
+    names = "hardware torch python command date threads dtype device parameters rounds seed machine"
+    assert all(report[name] is not None for name in names.split())
     assert report["machine"]["bytes_per_second"] > 0 and report["machine"]["operations_per_second"] > 0
-    assert len(report["rows"]) == 10
+    assert len(report["rows"]) == 2 * len(KINDS)
     for found in report["rows"]:
         assert found["new_tokens"] == 64 * found["batch_size"]
         for name in "tokens_per_second tokens_per_second_with_prefill prefill_ms speed_up".split():
@@ -160,14 +175,39 @@ def test_the_report_names_hardware_versions_command_and_every_figure(report):
     assert row(report, "ar", 1)["speed_up"] == {"median": 1, "lowest": 1, "highest": 1}
 
 
-def test_the_tables_show_every_row_twice(report):
+def test_the_tables_show_every_row_twice_and_no_two_columns_of_one_name(report):
+    lines = report["stdout"].splitlines()
     for found in report["rows"]:
-        label = f"{found['decoder']} "
-        assert sum(line.startswith(label) for line in report["stdout"].splitlines()) == 4  # two batch sizes
+        assert sum(line.startswith(f"{found['decoder']} ") for line in lines) == 4  # two batch sizes
+    columns = lines[0].split("  ")
+    columns = [name.strip() for name in columns if name]
+    assert len(columns) == len(set(columns)) == 9 and columns[-3] == "x AR with prefill"
+    assert any(line.startswith("Fast on this CPU: --dtype ") for line in lines)
+
+
+def test_every_row_is_said_on_stderr_as_soon_as_it_is_measured(report):
+    said = [line.split(":")[0] for line in report["stderr"].splitlines() if line.endswith(" tokens/s")]
+    assert said == [f"{r['decoder']}, batch {r['batch_size']}" for r in report["rows"]]
+
+
+def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch):
+    runs, whole = [], speed.run
+
+    def interrupted(model, prompts, decoding, *rest):
+        runs.append(decoding.batch_size)
+        if runs.count(2) > 2:  # the memory of both rows, then the first one's round
+            raise KeyboardInterrupt
+        return whole(model, prompts, decoding, *rest)
+
+    monkeypatch.setattr(speed, "run", interrupted)
+    run = bench(*SMALL, "--decoders", "ar,block", "--output", tmp_path / "b.json")
+    assert run.exit_code == 130 and "2 of 4 rows were measured" in run.stderr
+    assert "ar  " in run.stdout and "x AR with prefill" in run.stdout
+    assert [r["batch_size"] for r in json.loads((tmp_path / "b.json").read_text())["rows"]] == [1, 1]
 
 
 def test_a_checkpoint_is_measured_on_problems_and_stops_by_itself(tmp_path):
-    run = bench("--device", "cpu", "--batch-sizes", 2, "--prompts", 2, "--rounds", 1, "--json", tmp_path / "b.json",
+    run = bench("--device", "cpu", "--batch-sizes", 2, "--prompts", 2, "--rounds", 1, "--output", tmp_path / "b.json",
                 "--decoders", "ar,block", "--thresholds", "0.5,0.9", "--sub-block-sizes", "8,32")  # fmt: skip
     assert run.exit_code == 0, run.output
     found = json.loads((tmp_path / "b.json").read_text())
@@ -177,68 +217,18 @@ def test_a_checkpoint_is_measured_on_problems_and_stops_by_itself(tmp_path):
     assert all(2 < r["new_tokens"] < 2 * 128 for r in found["rows"])
 
 
-# --- Choices ---
-
-
-def ragged(device: str, dtype: torch.dtype, width: int, seen: int):
-    """q, k, v of three rows whose queries see 1, some and all slots, k and v as the cache gives them, and a bias."""
-    lengths = torch.tensor([1, seen - 37, seen], device=device, dtype=torch.int32)
-    q = torch.randn(3, 6, width, 32, device=device, dtype=dtype)
-    k, v = (torch.randn(3, seen, 2, 32, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
-    seen_by = torch.arange(seen, device=device) < lengths[:, None]
-    return (
-        lengths,
-        (q, k, v),
-        torch.zeros_like(seen_by, dtype=dtype).masked_fill(~seen_by, -torch.inf)[:, None, None],
-    )
-
-
-def documented(q, k, v, first_query, first_key, *sizes, seqused_k, block_table):
-    """The kernel, as torch documents it: heads in the middle, rows one after the other, pages by their number."""
-    answers = []
-    for i, used in enumerate(seqused_k.tolist()):
-        rows = slice(first_query[i], first_query[i + 1])
-        if block_table is None:
-            keys, values = (x[first_key[i] :][:used] for x in (k, v))
-        else:
-            keys, values = (x[block_table[i]].flatten(0, 1)[:used] for x in (k, v))
-        found = grouped_attention(*(x.transpose(0, 1)[None] for x in (q[rows], keys, values)))
-        answers.append(found[0].transpose(0, 1))
-    return (torch.cat(answers),)
-
-
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("width", [1, 8])
-def test_flash_attention_is_called_as_torch_documents_it(monkeypatch, width, paged):
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", documented)
-    lengths, qkv, bias = ragged("cpu", torch.float32, width, 512)
-    torch.testing.assert_close(choices.flash(lengths, width, 512, paged)(*qkv), grouped_attention(*qkv, bias))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("width", [1, 8, 32])
-def test_cuda_flash_attention_is_masked_attention(width, paged):
-    lengths, qkv, bias = ragged("cuda", torch.bfloat16, width, 512)
-    found, expected = choices.flash(lengths, width, 512, paged)(*qkv), grouped_attention(*qkv, bias)
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
-
-
 # --- Mistakes ---
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--shape", "3b"], "take one of"),
     (["--shape", "tiny", "--model", "elsewhere"], "exclude one another"),
+    (["--shape", "tiny", "--adapter", "elsewhere"], "random weights"),
     (["--layers", "2"], "--shape"),
-    (["--decoders", "ar,fast"], "'fast'"),
-    (["--batch-sizes", "1;2"], "with commas"),
-    (["--batch-sizes", "0"], "from 1"),
-    (["--thresholds", "0.9", "--tokens-per-pass", "3"], "exclude one another"),
-    (["--thresholds", "2"], "from 0 to 1"),
+    (["--thresholds", "0.9", "--guesses-per-pass", "3"], "exclude one another"),
     (["--sub-block-sizes", "7"], "divisor"),
     (["--shape", "tiny", "--prompt-tokens", "5000"], "4096"),
-    (["--json", "/nowhere/bench.json"], "does not exist"),
+    (["--output", "/nowhere/bench.json"], "does not exist"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(arguments, words):
     run = bench("--device", "cpu", *arguments)
@@ -252,53 +242,38 @@ def test_a_plain_qwen2_has_only_ar(tmp_path):
     assert run.exit_code == 2 and "only --decoders ar works" in run.stderr
 
 
-def test_without_the_benchmarks_folder_bench_says_so(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "benchmarks.speed", None)
-    run = bench()
-    assert run.exit_code == 2 and "benchmarks/speed.py" in run.stderr and run.stderr.count("\n") == 1
-
-
 # --- Peers ---
 
 
-def test_without_transformers_peers_says_so(monkeypatch):
+def test_the_peers_table_counts_tokens_up_to_the_first_difference():
+    line = lambda answers: {"answers": answers, "forward_passes": 4, "seconds": 2.0}
+    ways = {"float32 AR": line([[1, 2, 3, 4], [5, 6]]), "float32 verify": line([[1, 2, 9, 4], [5, 6]])}
+    ways["float32 verify"]["seconds"] = 1.0
+    [_, ar, verify] = peers.summary([{"set": "all", "ways": ways}]).splitlines()
+    assert ar.split()[-6:] == ["3.0", "1.00", "2", "of", "2", "100.0%"]
+    assert verify.split()[-7:] == ["1.50", "6.0", "2.00", "1", "of", "2", "66.7%"]
+
+
+def test_peers_goes_on_where_it_was_stopped_and_refuses_another_run(tmp_path):
+    target = tmp_path / "peers.jsonl"
+    common = ["--device", "cpu", "--prompts", str(ROOT / "tiny" / "prompts.jsonl"), "--no-transformers"]
+    common += ["--max-new-tokens", "64", "--output", str(target)]
+    run = lambda *more: CliRunner().invoke(peers.main, [*common, *more])
+    first = run()
+    assert first.exit_code == 0, first.output
+    whole = target.read_text().splitlines()
+    assert len(whole) == 1 + 3 and "verify" in first.stdout and "3 of 3" in first.stdout
+    target.write_text("\n".join([*whole[:2], whole[2][:99]]))  # a kill leaves half a line
+    assert run().exit_code == 0
+    answers = lambda lines: [[w["answers"] for w in json.loads(line)["ways"].values()] for line in lines[1:]]
+    assert answers(target.read_text().splitlines()) == answers(whole)
+    other = run("--batch-size", "2")
+    assert other.exit_code == 2 and "take another --output" in other.stderr
+    assert run("--summary").stdout.splitlines()[0] == first.stdout.splitlines()[0]
+
+
+def test_without_transformers_peers_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    run = CliRunner().invoke(peers.main, ["--shape", "tiny"])
+    run = CliRunner().invoke(peers.main, ["--shape", "tiny", "--output", str(tmp_path / "p.jsonl")])
     assert run.exit_code == 2 and run.stderr.startswith("Error: Transformers is not installed")
     assert run.stderr.count("\n") == 1
-
-
-def test_peers_measures_the_same_weights_without_the_mask_token():
-    model = speed.random_model(speed.SHAPES["tiny"], "cpu", torch.float32)
-    plain = peers.as_autoregressive(model)
-    assert plain.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    assert model.config.mask_token_id is not None  # the model itself keeps it
-    assert (plain.config.block_size, plain.config.mask_token_id, plain.config.tokenizer_size) == (
-        1,
-        None,
-        None,
-    )
-
-
-def test_the_first_difference_of_two_answers_is_the_earliest():
-    found = peers.agreement([[1, 2, 3, 4], [1, 9, 3, 4]], [[1, 2, 3, 5], [1, 2, 3, 4]])
-    assert found == {"equal_tokens": 6 / 8, "first_difference": {"row": 1, "position": 1}}
-    assert peers.agreement([[1]], [[1]]) == {"equal_tokens": 1.0, "first_difference": None}
-
-
-def test_peers_has_the_rounds_so_far_after_each_of_them():
-    writers = {"transformers": lambda prompts, count: [[0] * count for _ in prompts]} | {
-        "ar": lambda prompts, count: [[0] * (count - 1) + [1] for _ in prompts]
-    }
-    found = list(peers.measure(writers, [[1, 2], [3]], 4, 2, torch.device("cpu")))
-    assert [[row["rounds"] for row in rows] for rows in found] == [[1, 1], [2, 2]]
-    ar = found[1][1]
-    assert ar["prompt_tokens"] == [2, 1] and ar["equal_tokens"] == 3 / 4
-    assert ar["times_transformers"]["lowest"] <= ar["times_transformers"]["highest"]
-
-
-def test_ragged_prompts_go_from_a_quarter_to_the_whole_length():
-    model = speed.random_model(speed.SHAPES["tiny"], "cpu", torch.float32)
-    lengths = [len(prompt) for prompt in peers.make_prompts(model, None, 4, 64, True)]
-    assert lengths == [64, 48, 32, 16]
-    assert [len(prompt) for prompt in peers.make_prompts(model, None, 2, 64, False)] == [64, 64]

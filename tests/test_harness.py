@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
-import cli  # noqa: E402
-from fastdllm import Decoding, InputError, Qwen2, causal_attention, save  # noqa: E402
+from checkpoint import save  # noqa: E402
+from commands.evaluate import read_problems, verdict  # noqa: E402
+from commands.prompts import encode_prompts, read_jsonl  # noqa: E402
+from fastdllm import Decoding, InputError, Qwen2, generate  # noqa: E402
+from training.attention import causal_attention  # noqa: E402
 
 TASKS = ROOT / "benchmarks" / "tasks"
 PROBLEMS = [json.loads(line) for line in (TASKS / "word_problems.jsonl").read_text().splitlines()]
@@ -37,7 +41,9 @@ def in_the_repository():
 @pytest.fixture
 def subject(shipped):
     """The shipped model as lm-eval sees it, with other options."""
-    return lambda reading="ar", **knobs: harness.HarnessModel("shipped", *shipped, Decoding(**knobs), reading)
+    return lambda reading="ar", kind=Decoding, **options: harness.HarnessModel(
+        "shipped", *shipped, kind(**options), reading
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,9 @@ def chat(model, problem):
     return model.apply_chat_template([{"role": "user", "content": problem["question"]}])
 
 
+# --- Log-likelihoods ---
+
+
 def test_log_likelihoods_are_those_of_transformers(subject, peer):
     ours = subject(batch_size=3)
     pairs = [(chat(ours, p), " " * (i % 2) + p["answer"][: 20 * i + 9]) for i, p in enumerate(PROBLEMS)]
@@ -80,56 +89,6 @@ def test_log_likelihoods_are_those_of_transformers(subject, peer):
     assert found == pytest.approx(wanted, rel=1e-6, abs=1e-4)
 
 
-def test_greedy_texts_are_those_of_transformers(subject, peer):
-    ours = subject(block_size=1, batch_size=3)
-    settings = {"until": ["####"], "max_gen_toks": 100, "do_sample": False}
-    asked = requests("generate_until", [(chat(ours, problem), settings) for problem in PROBLEMS[:5]])
-    found = ours.generate_until(asked)
-    assert found == peer.generate_until(asked)
-    assert not any("####" in text for text in found) and all(text.endswith(".\n") for text in found)
-
-
-def test_a_chat_prompt_is_ours(subject, shipped):
-    _, tokenizer = shipped
-    ours, messages = subject(), [{"role": "user", "content": "Mia has 12 apples. How many?"}]
-    assert ours.tok_encode(ours.apply_chat_template(messages)) == tokenizer.chat(messages)
-    begun = ours.apply_chat_template(
-        [*messages, {"role": "assistant", "content": "Mia"}], add_generation_prompt=False
-    )
-    assert begun == ours.apply_chat_template(messages) + "Mia"
-
-
-@pytest.mark.parametrize("decoder", harness.DECODERS)
-def test_answers_are_those_of_our_eval(subject, shipped, decoder):
-    ours = subject(**harness.DECODERS[decoder], batch_size=3)
-    results = harness.evaluate(
-        ours, ["word_problems"], harness.find_tasks(["word_problems"], str(TASKS)), True
-    )
-    samples = sorted(results["samples"]["word_problems"], key=lambda sample: sample["doc_id"])
-    decoding = Decoding(**harness.DECODERS[decoder], max_new_tokens=128)
-    problems = cli.read_problems(cli.read_jsonl(str(TASKS / "word_problems.jsonl")), None)
-    prompts = cli.encode_prompts(problems, shipped[1], decoding, shipped[0].config)
-    answers = cli.generate_all(shipped[0], prompts, decoding)
-    verdicts = [
-        cli.verdict(problem, answer, shipped[1]) for problem, answer in zip(problems.values(), answers)
-    ]
-    assert [s["resps"][0][0] for s in samples] == [v["text"] for v in verdicts]
-    assert [s["exact_match"] for s in samples] == [v["correct"] for v in verdicts]
-    speed = results["speed"]["word_problems"]
-    assert speed["tokens"] == sum(v["new_tokens"] for v in verdicts)
-    assert speed["forward_passes"] == sum(v["forward_passes"] for v in verdicts)
-
-
-def test_a_stop_string_cuts_the_text(subject):
-    ours = subject(batch_size=2)
-    plain = {"until": [], "max_gen_toks": 100}
-    asked = [
-        (chat(ours, PROBLEMS[0]), plain | {"until": stop}) for stop in ([], ["="], ["####", " = "], ["zebra"])
-    ]
-    whole, first, second, third = ours.generate_until(requests("generate_until", asked))
-    assert first == whole[: whole.index("=")] and second == whole[: whole.index(" = ")] and third == whole
-
-
 def test_the_original_reading_scores_the_first_token_at_a_mask(subject, shipped):
     model, tokenizer = shipped
     config, ours = model.config, subject("original")
@@ -142,13 +101,9 @@ def test_the_original_reading_scores_the_first_token_at_a_mask(subject, shipped)
     def attend(layer, q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
 
+    run = lambda ids, how: model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], how))[0]
     with torch.inference_mode():
-        logits = model.logits(model(torch.tensor([row]), torch.arange(len(row))[None], attend))[
-            0, len(begin) - 1
-        ]
-        causal = model.logits(model(torch.tensor([begin]), torch.arange(len(begin))[None], causal_attention))[
-            0, -1
-        ]
+        logits, causal = run(row, attend)[len(begin) - 1], run(begin, causal_attention)[-1]
     [(score, greedy)] = ours.loglikelihood(requests("loglikelihood", [(context, answer)]))
     assert score == pytest.approx(logits.log_softmax(-1)[rest[0]].item(), abs=1e-5) and not greedy
     assert score != pytest.approx(causal.log_softmax(-1)[rest[0]].item(), abs=1e-2)
@@ -156,59 +111,140 @@ def test_the_original_reading_scores_the_first_token_at_a_mask(subject, shipped)
         ours.loglikelihood_rolling([])
 
 
+# --- Generation ---
+
+
+def test_greedy_texts_are_those_of_transformers(subject, peer):
+    ours = subject(block_size=1, batch_size=3)
+    settings = {"until": ["####"], "max_gen_toks": 100, "do_sample": False}
+    asked = requests("generate_until", [(chat(ours, problem), settings) for problem in PROBLEMS[:5]])
+    found = ours.generate_until(asked)
+    assert found == peer.generate_until(asked)
+    assert not any("####" in text for text in found) and all(text.endswith(".\n") for text in found)
+
+
+def test_a_chat_prompt_is_the_checkpoints_own_template(subject, shipped):
+    _, tokenizer = shipped
+    ours, messages = subject(), [{"role": "user", "content": "Mia has 12 apples. How many?"}]
+    assert ours.tok_encode(ours.apply_chat_template(messages)) == tokenizer.chat(messages)
+    assert ours.chat_template(True) == tokenizer.template
+    begun = [*messages, {"role": "assistant", "content": "Mia"}]
+    continued = ours.apply_chat_template(begun, add_generation_prompt=False)
+    assert continued == ours.apply_chat_template(messages) + "Mia"
+
+
+@pytest.mark.parametrize("decoder", harness.DECODERS)
+def test_answers_are_those_of_our_eval(subject, shipped, decoder):
+    ours = subject(kind=harness.DECODERS[decoder], batch_size=3)
+    manager = harness.find_tasks(["word_problems"], str(TASKS))
+    results = harness.evaluate(ours, ["word_problems"], manager, True)
+    samples = sorted(results["samples"]["word_problems"], key=lambda sample: sample["doc_id"])
+    decoding = harness.DECODERS[decoder](max_new_tokens=128)
+    problems = read_problems(read_jsonl(str(TASKS / "word_problems.jsonl")), None)
+    prompts = encode_prompts(problems, shipped[1], decoding, shipped[0].config)
+    answers = generate(shipped[0], prompts, decoding)
+    verdicts = [verdict(problem, answer, shipped[1]) for problem, answer in zip(problems.values(), answers)]
+    assert [s["resps"][0][0] for s in samples] == [v["text"] for v in verdicts]
+    assert [s["exact_match"] for s in samples] == [v["correct"] for v in verdicts]
+    for name in ("new_tokens", "forward_passes"):  # the names of the command line
+        assert results["speed"]["word_problems"][name] == sum(v[name] for v in verdicts)
+
+
+def test_a_stop_string_cuts_the_text(subject):
+    ours = subject(batch_size=2)
+    plain = {"until": [], "max_gen_toks": 100}
+    stops = [], ["="], ["####", " = "], ["zebra"]
+    asked = [(chat(ours, PROBLEMS[0]), plain | {"until": stop}) for stop in stops]
+    whole, first, second, third = ours.generate_until(requests("generate_until", asked))
+    assert first == whole[: whole.index("=")] and second == whole[: whole.index(" = ")] and third == whole
+
+
+@pytest.mark.parametrize("settings, decoding", [
+    ({}, {"temperature": 0}),
+    ({"temperature": 1.5, "do_sample": False}, {"temperature": 0}),
+    ({"temperature": 1.5, "top_k": 1}, {"temperature": 0}),
+    ({"temperature": 0, "top_p": 0.9, "top_k": 5, "min_p": 0.1}, {"temperature": 0}),
+    ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"temperature": 0.7, "top_p": 0.9, "top_k": 5}),
+    ({"temperature": 0.7, "top_k": 0}, {"temperature": 0.7, "top_p": 1.0, "top_k": None}),
+    ({"temperature": 0.7, "top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+      "num_beams": 1, "top_p": None}, {"temperature": 0.7, "top_p": 1.0, "top_k": None}),
+])  # fmt: skip
+def test_sampling_settings_are_honoured_or_change_nothing(settings, decoding):
+    assert harness.sampling_of(harness.normalize_gen_kwargs(settings)) == decoding
+
+
+@pytest.mark.parametrize("name, value", [
+    ("min_p", 0.1), ("repetition_penalty", 1.2), ("presence_penalty", 0.5), ("frequency_penalty", 0.5),
+    ("num_beams", 4), ("guidance_scale", 2), ("seed", 1),
+])  # fmt: skip
+def test_a_sampling_setting_that_is_not_built_is_refused_by_name(subject, name, value):
+    settings = {"until": [], "max_gen_toks": 9, "temperature": 0.7, name: value}
+    with pytest.raises(InputError, match=f"sets {name} to {value}"):
+        subject().generate_until(requests("generate_until", [("x", settings)]))
+
+
+def test_the_most_probable_token_alone_is_greedy_at_any_temperature(subject):
+    settings = {"until": [], "max_gen_toks": 40}
+    for options in {"block_size": 1}, {}:
+        ours = subject(**options)
+        both = [(chat(ours, PROBLEMS[1]), settings | more) for more in ({}, {"top_k": 1, "temperature": 1.5})]
+        greedy, one = ours.generate_until(requests("generate_until", both))
+        assert greedy == one
+
+
+def test_answers_that_the_model_has_no_room_for_are_shorter_with_one_note(subject, capsys):
+    ours, (first, second) = subject(block_size=1), PROBLEMS[:2]
+    asked = [(chat(ours, p), {"until": [], "max_gen_toks": 10**6}) for p in (first, second)]
+    short = [(prompt, {"until": [], "max_gen_toks": 100}) for prompt, _ in asked]
+    texts, wanted = (ours.generate_until(requests("generate_until", each)) for each in (asked, short))
+    assert texts == wanted
+    assert capsys.readouterr().err.count("word_problems asks for answers of 1000000 tokens") == 1
+
+
+# --- The command ---
+
+
 def test_the_command_writes_lm_evals_file_and_the_paper_table(tmp_path):
     shutil.copytree(TASKS, tmp_path / "tasks")
     task = (TASKS / "gsm8k_sample.yaml").read_text().replace("task: gsm8k_sample", "task: gsm8k")
     (tmp_path / "tasks" / "gsm8k_sample.yaml").write_text(task)
     common = ["--include-path", tmp_path / "tasks", "--output", tmp_path / "out.json", "--limit", "2"]
-    run = lambda *more: CliRunner().invoke(
-        harness.main, [str(a) for a in [*common, *more]], catch_exceptions=False
-    )
+    invoke = partial(CliRunner().invoke, harness.main, catch_exceptions=False)
+    run = lambda *more: invoke([str(a) for a in [*common, *more]])
     result = run("--tasks", "word_problems,word_choices")
-    assert (
-        result.exit_code == 0 and "|word_problems|" in result.stdout and "tokens per forward" in result.stdout
-    )
+    assert result.exit_code == 0, result.output
+    assert "|word_problems|" in result.stdout and "tokens per forward" in result.stdout
     written = json.loads((tmp_path / "out.json").read_text())
-    assert (
-        written["results"]["word_choices"]["acc,none"] == 1
-        and written["speed"]["word_problems"]["tokens"] > 60
-    )
-    samples = [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
-    assert [s["task"] for s in samples] == ["word_problems"] * 2 + ["word_choices"] * 2
+    assert written["results"]["word_choices"]["acc,none"] == 1
+    assert written["speed"]["word_problems"]["new_tokens"] > 60
+    read = lambda: [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
+    assert [s["task"] for s in read()] == ["word_problems"] * 2 + ["word_choices"] * 2
     result = run("--paper", "--tasks", "gsm8k", "--max-new-tokens", 40)
     assert result.exit_code == 0
     columns = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()]
     assert [row[:3] for row in columns[2:]] == [["GSM8K", "1", "0.0"], ["GSM8K", "0.9", "0.0"]]
     assert columns[2][5:] == ["57.0", "62.0", "71.4", "83.7"]
-    samples = [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 2 * 2 * 2  # thresholds, questions, lm-eval's two ways to find the answer
-    for mistake in ([], ["--tasks", "no_such_task"], ["--paper", "--num-fewshot", 3]):
+    assert len(read()) == 2 * 2 * 2  # thresholds, questions, lm-eval's two ways to find the answer
+    unused = ["--tasks", "word_problems", "--decoder", "verify", "--threshold", 0.8]
+    for mistake in ([], ["--tasks", "no_such_task"], ["--paper", "--num-fewshot", 3], unused):
         result = run(*mistake)
-        assert (
-            result.exit_code == 2 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
-        )
+        assert result.exit_code == 2 and result.stderr.startswith("Error: ")
+        assert result.stderr.count("\n") == 1
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    what = ["--include-path", str(TASKS), "--tasks", "word_problems,word_choices", "--output"]
+    what = f"--include-path {TASKS} --tasks word_problems,word_choices --device cpu --output".split()
     for file, start in (one, []), (two, ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
         line = [sys.executable, *start, "benchmarks/harness.py", *what, str(file)]
-        done = subprocess.run(
-            line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=alone)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("|word_problems|") == 1
-    texts, more = (
-        [
-            line
-            for line in file.with_suffix(".samples.jsonl").read_text().splitlines()
-            if "word_problems" in line
-        ]
-        for file in (one, two)
-    )
+    lines = [file.with_suffix(".samples.jsonl").read_text().splitlines() for file in (one, two)]
+    texts, more = ([line for line in part if "word_problems" in line] for part in lines)
     assert texts == more and len(texts) == 8  # log-likelihoods round otherwise in other batches
     ours, theirs = (json.loads(file.read_text()) for file in (one, two))
     assert ours["results"] == theirs["results"]
-    counts = lambda found: [(s["tokens"], s["forward_passes"]) for s in found["speed"].values()]
+    counts = lambda found: [(s["new_tokens"], s["forward_passes"]) for s in found["speed"].values()]
     assert counts(ours) == counts(theirs)
