@@ -216,12 +216,18 @@ class Tokenizer:
         """
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         template, problem = self.templates.get(name), "The checkpoint has no chat template, so it cannot chat"
-        require(template, f"{problem}; --raw continues a text as it is.")
+        advice = "put a chat_template.jinja into its folder, or continue a text with `generate --raw`"
+        require(template, f"{problem}; {advice}.")
         require(not tools or "tools" in template, "The checkpoint's chat template has no place for tools.")
         kept = lambda key, value: value is not None or key == "content"
         messages = [{k: v for k, v in message.items() if kept(k, v)} for message in messages]
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        return render_template(template, self.special | given)
+        text = render_template(template, self.special | given)
+        for message in messages[:1]:  # some templates drop a system message
+            system = message["content"] if message.get("role") == "system" else None
+            written = not isinstance(system, str) or "".join(system.split()) in "".join(text.split())
+            require(written, "The chat template leaves the system message out; put its text into the prompt.")
+        return text
 
     def default_system(self) -> str | None:
         """The system message that the template writes where a chat has none."""
@@ -314,6 +320,7 @@ HUB_ERRORS = {
     "RepositoryNotFoundError": "there is none of this name, or it is private",
     "GatedRepoError": "its terms must be accepted there, then `hf auth login` helps",
 }
+QUANTISED = ("quantization_config", "quantization", "compression_config")  # Transformers, MLX, older files
 LONG, TRAINED = "dual_chunk_attention_config", "original_max_position_embeddings"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
@@ -370,17 +377,24 @@ def shards(folder: Path) -> list[str]:
     plain = lambda name: isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
     ok = isinstance(index, dict) and index and all(map(plain, index.values()))
     require(ok, f"{folder / INDEX}: weight_map must name .safetensors files of the same folder.")
-    return sorted(set(index.values()))
+    names = sorted(set(index.values()))
+    ok = "model.safetensors" in names or not (folder / "model.safetensors").is_file()
+    require(ok, f"{folder}: holds {INDEX} and a model.safetensors that it does not name; remove one.")
+    return names
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes by name in a safetensors file. Raises InputError for damage, and for dtypes not in `DTYPES`."""
-    require(path.is_file(), f"{path.parent}: {path.name} is missing.")
+    from_these = f"weights are read from model.safetensors, or from the files that {INDEX} names"
+    require(path.is_file(), f"{path.parent}: {path.name} is missing; {from_these}.")
     try:
         with safe_open(path, framework="pt") as weights:
             parts = {name: weights.get_slice(name) for name in weights.keys()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or no safetensors file: {brief(error)}") from None
+        with open(path, "rb") as file:
+            pointer = file.read(7) == b"version"
+        fetch = "; it is a pointer of Git LFS, `git lfs pull` fetches the file" if pointer else ""
+        raise InputError(f"{path}: damaged or no safetensors file: {brief(error)}{fetch}") from None
     for name, part in parts.items():
         ok = part.get_dtype() in ("F32", "BF16", "F16")
         require(ok, f"{path.name}: {brief(name)} is {part.get_dtype()}, only F32, BF16 and F16 are loaded.")
@@ -414,6 +428,7 @@ RULES: dict[str, tuple[Callable, str]] = {
     "clean": (lambda x: x == "block", "block: finished blocks always see themselves whole"),
     "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
     "hidden_act": (lambda x: x == "silu", "silu"),
+    "is_causal": (lambda x: x is True, "true: what sees ahead, like an embedding model, writes no text"),
     "rope_scaling": (is_plain, "null: scaled rotary positions are not built"),
     "rope_parameters": (is_plain, "of rope_type default: rope_scaling is not built"),
     "use_sliding_window": (lambda x: x is False, "false: sliding windows are not built"),
@@ -424,7 +439,8 @@ RULES: dict[str, tuple[Callable, str]] = {
 
 def parse_config(raw: dict) -> Config:
     """From the contents of `config.json`. Raises InputError for invalid values and for what is not built."""
-    kind, quantised = raw.get("model_type"), raw.get("quantization_config")
+    kind = raw.get("model_type")
+    quantised = next(filter(None, map(raw.get, QUANTISED)), None)
     problem = f"model_type is {reprlib.repr(kind)}, which is no Qwen2"
     require(kind in KINDS, f"config.json: {problem}; {' and '.join(KINDS)} work.")
     method = quantised.get("quant_method", "no name") if isinstance(quantised, dict) else quantised
@@ -433,7 +449,7 @@ def parse_config(raw: dict) -> Config:
     require(not quantised, f"config.json: {problem}; {advice}.")
     rope, c = raw.get("rope_parameters"), {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None  # where newer Transformers keep it
-    for part in ({"rope_theta": theta}, raw):
+    for part in (raw, {"rope_theta": theta}):
         c |= {key: value for key, value in part.items() if value is not None}
     for key, (valid, rule) in RULES.items():  # reprlib is short, also for values too deep for repr
         ok = valid(c[key]) if key in c else key not in SIZES or key == "head_dim"
@@ -499,6 +515,8 @@ def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
 def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
     """Folder, config and tokenizer of a checkpoint; `weights=False` leaves out a Hub id's weights."""
     folder = locate(path, weights=False)
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; merge it into its base first.")
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     config = read_config(folder, tokenizer)

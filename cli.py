@@ -214,6 +214,9 @@ def chat(system, **given):
     decoding = console.take_decoding(given)
     network, tokenizer, _ = console.open_model(**given)
     require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
+    require(
+        tokenizer.templates, "The checkpoint has no chat template; put a chat_template.jinja into its folder."
+    )
     Chat(network, tokenizer, console.resolve(decoding, network), system).run(given["model"])
 
 

@@ -422,6 +422,7 @@ class Decoding:
         adapted = "The checkpoint has no mask token, so it was never adapted: only block_size 1 (AR) works."
         require(config.mask_token_id is not None or size == 1, adapted)
         sub = self.sub_block_size or math.gcd(8, size)
+        require(size > 1 or sub == 1, "block_size 1 (AR) has no sub-blocks, so leave sub_block_size out.")
         fits = size % sub == 0
         require(fits, f"sub_block_size {sub} does not divide block_size {size}; take a divisor of {size}.")
         threshold = 0.9 if self.threshold is None else self.threshold

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import DTYPES, Tokenizer, load, read_checkpoint, save
 from commands.console import HELP_OPTIONS, SHIPPED, Commands, reports_mistakes, say
+from commands.terminal import token_texts
 from fastdllm import Qwen2, attention_bias, grouped_attention, require, round_up
 from training import runs
 from training.attention import blockwise_attention, can_compile, sparse_attention, sparse_mask
@@ -446,7 +447,7 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, settings: Training, ro
     views = noisy_views(batch.trainable, batch.masked)[0]
     targets = targets_of(batch.trainable, batch.documents)[0]
     require(targets.any(), f"Row {row} has nothing that trains; show another --row.")
-    text = [tokenizer.decode([i], skip_special_tokens=False) for i in batch.tokens[0].tolist()]
+    text = token_texts(tokenizer, batch.tokens[0].tolist())
     yield f"Row {row}: {L} positions in blocks of {size}, {targets.sum()} targets"
     ends = np.cumsum([stop - start for _, start, stop in pieces]).tolist()
     parts = ", ".join(f"{begin}-{end - 1}" for begin, end in zip([0, *ends], ends))
@@ -549,6 +550,9 @@ def train(
         check_length(settings.seq_len, size, model.config.max_position_embeddings)
         known = model.config.mask_token_id
         mask_id = tokenizer.id("|<MASK>|") if known is None else known
+        lost = f"the first free id, {mask_id}, ends answers, so the tokenizer's added tokens are missing"
+        need = "tokenizer.json, tokenizer_config.json or added_tokens.json must name them"
+        require(mask_id is None or mask_id not in model.config.stop_token_ids, f"{folder}: {lost}; {need}.")
         model.config = replace(model.config, block_size=size, mask_token_id=mask_id)
         fixed = {"objective": objective, "model": folder, "vocab_size": model.config.vocab_size}
         fixed |= {"block_size": size} | runs.lasting(settings, "micro_batch", "recompute")

@@ -369,19 +369,20 @@ def load_adapter(model: Qwen2, path: str | Path) -> Qwen2:
     most = c.max_position_embeddings
     ok = width is None or type(width) is int and 1 <= width <= most
     require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number from 1 to {most}.")
+    found, wanted = tensor_shapes(folder / ADAPTER_WEIGHTS), {MASK_ROW: [1, c.hidden_size]}
+    for name, layer in target_layers(model).items():
+        out_size, in_size = layer.weight.shape
+        wanted |= zip(names_of(name), ([r, in_size], [out_size, r]))
+    wrong = [name for name in found | wanted if found.get(name) != wanted.get(name)]
+    tensor, base = brief(min(wrong, default="")), brief(raw.get("base_model_name_or_path"))
+    shape = f"{tensor} is missing, unknown or of another shape"
+    require(not wrong, f"{folder}: was made for {base} and does not fit this base: {shape}.")
     # a mask's embedding is the adapter's own, so any id will do that is no token of the text
     mask, taken = c.mask_token_id, c.tokenizer_size or 0
     if mask is None:
         mask = ids[0] if taken <= ids[0] < c.vocab_size else c.tokenizer_size
         full = f"{folder}: a mask needs an id that no token has, and all {c.vocab_size} are taken"
         require(mask is not None and mask < c.vocab_size, f"{full}; add a row to the embedding.")
-    found, wanted = tensor_shapes(folder / ADAPTER_WEIGHTS), {MASK_ROW: [1, c.hidden_size]}
-    for name, layer in target_layers(model).items():
-        out_size, in_size = layer.weight.shape
-        wanted |= zip(names_of(name), ([r, in_size], [out_size, r]))
-    wrong = [name for name in found | wanted if found.get(name) != wanted.get(name)]
-    tensor = brief(min(wrong, default=""))
-    require(not wrong, f"{folder}: does not fit this base: {tensor} is missing, unknown or of another shape.")
     digest = base_digest(model)
     add_adapter(model, r, alpha, width)
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
@@ -390,7 +391,6 @@ def load_adapter(model: Qwen2, path: str | Path) -> Qwen2:
     model.config = replace(c, mask_token_id=mask)
     # float16 rounds small weights of bfloat16, so its digest says nothing
     if raw.get("base_digest") != digest and model.weight.dtype != torch.float16:
-        base = brief(raw.get("base_model_name_or_path"))
         other = f"{folder}: was trained on other weights than these (its base is named {base})."
         warnings.warn(f"{other} The text stays this model's own, but fewer drafts may be kept.", stacklevel=2)
     return model.eval()

@@ -79,6 +79,7 @@ def reports_mistakes(command: Callable) -> Callable:
         import checkpoint  # noqa: F401  # and torch; cli.py lets Ctrl-C end the program at once up to here
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        warnings.showwarning = lambda message, *where: say(str(message))
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -295,11 +296,8 @@ def open_model(
 
     if threads:
         torch.set_num_threads(threads)
-    with warnings.catch_warnings(record=True) as caught:
-        network, tokenizer = load(model, own_device(device), dtype)
-        network = load_adapter(network, adapter) if adapter else network
-    for warning in caught:
-        say(str(warning.message))
+    network, tokenizer = load(model, own_device(device), dtype)
+    network = load_adapter(network, adapter) if adapter else network
     recorded = None
     if network.weight.is_cuda:
         avoid_cudnn_attention()

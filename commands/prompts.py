@@ -47,7 +47,7 @@ def encode_prompt(
         require(isinstance(request["prompt_ids"], list), "prompt_ids must be a list of integers.")
         require(not raw and system is None, "--raw and --system are for text, not for token ids.")
         return request["prompt_ids"]
-    require(tokenizer, "The checkpoint has no tokenizer; give token ids with --prompt-ids.")
+    require(tokenizer, "The checkpoint has no tokenizer; `generate` takes token ids with --prompt-ids.")
     messages = request.get("messages")
     if "prompt" in request:
         prompt = request["prompt"]

@@ -169,7 +169,8 @@ def chat_document(
         if trained[i]:
             before = tokenizer.render(messages[:i], tools, add_generation_prompt=True)
             spans.append(slice(parting(before, text, tokenizer), len(text)))
-            content, written = ("".join(x.split()) for x in (message.get("content") or "", text[spans[-1]]))
+            turn = text.removeprefix(render(messages[:i]))  # with what the generation prompt has of it
+            content, written = ("".join(x.split()) for x in (message.get("content") or "", turn))
             if content not in written:
                 say_once(f"{left_out} some of an answer's content, such as reasoning; see `train.py show`.")
             elif content and written.endswith(content):
