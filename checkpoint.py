@@ -425,10 +425,13 @@ RULES: dict[str, tuple[Callable, str]] = {
     "tie_word_embeddings": (lambda x: type(x) is bool, "true or false"),
     "mask_token_id": (is_integer(0), "a token id"),
     "architectures": (lambda x: any("ForCausalLM" in name for name in as_list(x)), "a language model's"),
-    "clean": (lambda x: x == "block", "block: finished blocks always see themselves whole"),
+    "clean": (
+        lambda x: x == "block",
+        "block: models of a causal clean copy, which an earlier version made, are not decoded any more",
+    ),
     "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
     "hidden_act": (lambda x: x == "silu", "silu"),
-    "is_causal": (lambda x: x is True, "true: what sees ahead, like an embedding model, writes no text"),
+    "is_causal": (lambda x: x is True, "true: an encoder such as an embedding model writes no text"),
     "rope_scaling": (is_plain, "null: scaled rotary positions are not built"),
     "rope_parameters": (is_plain, "of rope_type default: rope_scaling is not built"),
     "use_sliding_window": (lambda x: x is False, "false: sliding windows are not built"),
@@ -579,7 +582,7 @@ def require_plain(model: nn.Module, doing: str) -> None:
 def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
     """Write what `load` reads, under the published names.
 
-    Raises OSError where the folder cannot be written; an older checkpoint's files are then complete. Raises
+    Raises OSError where the folder cannot be written; each file is then whole, the old or the new one. Raises
     InputError for a model that `require_plain` refuses: the files have no place for its weights.
     """
     require_plain(model, "cannot be saved")

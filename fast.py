@@ -100,8 +100,10 @@ class RecordedPasses:
     first recording; then make a new object.
 
     A shape is the number of rows (a power of 2), the window's width, and the number of slots read (a power of
-    2 times READ_STEP). Padding rows write to a spare cache row that no prompt uses. With record=False the
-    passes run as they are, on any device, so that their arithmetic can be tested.
+    2 times READ_STEP). What is frozen into a graph besides (whether there are masks, the decoder,
+    temperature, top-p, top-k) is part of the key under which it is kept. Padding rows write to a spare cache
+    row that no prompt uses. With record=False the passes run as they are, on any device, so that their
+    arithmetic can be tested.
     """
 
     READ_STEP = 256  # slots

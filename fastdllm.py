@@ -601,7 +601,7 @@ class Row:
 
         The answer ends early at a stop token, as soon as no mask precedes it.
         """
-        for kept in step.revealed:  # replaces a mask; a position one past the end is appended
+        for kept in step.revealed:  # replaces a mask; a verified row has none, and appends
             self.tokens[kept.position : kept.position + 1] = [kept.token]
         for token in self.tokens[self.settled : self.limit]:
             if token == self.mask:

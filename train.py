@@ -48,7 +48,9 @@ from training.runs import FILE, RunSettings, option, require_numbers, run_option
 def complementary_noise(
     trainable: Tensor, block_size: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The trainable positions (B, L) that view 1 hides; view 2 hides the rest, so each is predicted once.
+    """The trainable positions (B, L) that view 1 hides; view 2 hides the rest.
+
+    So each is predicted once, but for the first of a document, which nothing predicts.
 
     Per block t ~ U[0, 1), and a position is masked with probability 0.999 t + 0.001.
     """
@@ -120,7 +122,8 @@ def training_attention(
         mask = training_mask(length, block_size, views, documents, device).view(-1, side, side)
         bias = lambda q, k: attention_bias(mask, q.shape[1] // k.shape[1], q.dtype)
         return lambda layer, q, k, v: grouped_attention(q, k, v, bias(q, k))
-    # without views the row may be cut anywhere, and 32 positions at a time are fast
+    # piece: positions of one product. With views it is the block. Without views any size works, and 32 are
+    # fast; then a mask says what is seen inside of a piece.
     piece = block_size if views else 32
     piece = piece if length % piece == 0 else length
     mask = None
@@ -146,8 +149,8 @@ def training_loss(
 
     tokens (B, L); trainable (B, L) bool. masked (B, L) bool: what view 1 hides (default: drawn). documents
     (B, L): document numbers; a document begins on a block boundary and sees no other (default: one document).
-    `block_size` defaults to the checkpoint's. count: what the sum is divided by; the number of targets,
-    unless a step has more of them elsewhere.
+    `block_size` defaults to the checkpoint's. count: what the sum is divided by, default the targets of this
+    call; a step of several micro-batches or processes gives the number of all its targets.
 
     The inputs may stay on the CPU: then nothing waits for the device. Raises InputError for a length that is
     no multiple of the block, and for a model without a mask token.
@@ -168,7 +171,9 @@ def training_loss(
     attend = training_attention(attention, L, size, views.shape[1], seen, model.weight.device)
     hidden = model(move(inputs.flatten(1)), move(positions), attend)  # (B, T, D)
 
-    # token shift: the output at position i predicts the token at i + 1, where that is masked
+    # Token shift: the output at position i predicts the token at i + 1, where that is masked. Also for a
+    # block's first token: its output lies in the noisy block before it, though in decoding that block is
+    # finished. So it is in the authors' training.
     targets = views & targets_of(trainable, documents)[:, None]  # (B, V, L), no document's first position
     row, view, position = targets.nonzero(as_tuple=True)
     outputs, wanted = view * L + position - 1, tokens[row, position]
@@ -279,7 +284,7 @@ class Training(RunSettings):
 
 
 CHOICES = {"schedule": ("constant", "cosine"), "packing": PACKINGS, "compute": ("bfloat16", "float32")}
-PRESETS = {  # the paper's steps and rates, on 64 devices; on 80 GB, 1.5B needs no recomputing
+PRESETS = {  # the paper's steps and rates, on 64 devices; with 80 GB each, a 1.5B needs no recomputing
     "1.5b": {"lr": 2e-5, "steps": 6000},
     "7b": {"lr": 1e-5, "steps": 2500, "recompute": True},
 }
@@ -340,6 +345,8 @@ class Adaptation:
         matrices = [p for p in self.trained.values() if p.dim() == 2]
         others = [p for p in self.trained.values() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others}]
+        if heldout is not None:  # as many for each process
+            self.heldout_rows = list(islice(self.rows(heldout=True), round_up(settings.eval_rows, processes)))
         betas = 0.9, 0.95  # as is usual for language models
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=0.0, fused=True)
 
@@ -355,21 +362,20 @@ class Adaptation:
         """Losses on held-out rows, always the same rows with the same noise."""
         if self.heldout is None:
             return {}
-        rows = list(islice(self.rows(heldout=True), round_up(self.settings.eval_rows, self.share)))
-        losses = self.losses(self.heldout, rows, [0, 0], progress=lambda rows: None)
+        losses = self.losses(self.heldout, self.heldout_rows, [0, 0], progress=lambda rows: None)
         return {f"heldout_{name}": value for name, value in losses.items()}
 
     def losses(
         self, corpus: Corpus, rows: list[list[Piece]], seed: list[int], progress: Callable
     ) -> dict[str, float]:
-        """The losses as if all processes' rows had run at once, and where gradients are on, those too."""
+        """The losses as if all processes' rows had run at once; without no_grad, adds their gradients too."""
         settings, parts = self.settings, []
         mine = [*enumerate(rows)][runs.rank() :: runs.world_size()]
         for at in range(0, len(mine), settings.micro_batch):
             numbers, part = zip(*mine[at : at + settings.micro_batch])
             seeds = [[*seed, number] for number in numbers]
             parts.append(noisy_batch(corpus, part, seeds, self.pad, self.size, settings))
-        # each is a target once in both losses: in one of the views, and as a next token
+        # one count serves both losses: a target is masked in one of the views, and it is one next token
         targets = sum(int(targets_of(part.trainable, part.documents).sum()) for part in parts)
         [count] = runs.total([targets], self.device)  # of all processes
         sums = dict.fromkeys(self.weights, 0.0)
@@ -545,14 +551,18 @@ def train(
         size, weights = 1, {"ar": 1.0}
         if objective == "adapt":
             weights = {"diffusion": 1.0} | ({"ar": settings.ar_weight} if settings.ar_weight else {})
-            tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
+            if model.config.mask_token_id is None:
+                tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
             size = block_size_of(block_size, model.config.block_size)
         check_length(settings.seq_len, size, model.config.max_position_embeddings)
         known = model.config.mask_token_id
         mask_id = tokenizer.id("|<MASK>|") if known is None else known
-        lost = f"the first free id, {mask_id}, ends answers, so the tokenizer's added tokens are missing"
-        need = "tokenizer.json, tokenizer_config.json or added_tokens.json must name them"
-        require(mask_id is None or mask_id not in model.config.stop_token_ids, f"{folder}: {lost}; {need}.")
+        ends = mask_id is not None and mask_id in model.config.stop_token_ids
+        taken = (
+            f"the mask would get id {mask_id}, which is a stop token; the tokenizer's list of added tokens"
+        )
+        complete = "tokenizer_config.json or added_tokens.json must name them"
+        require(not ends, f"{folder}: {taken} is incomplete: {complete}.")
         model.config = replace(model.config, block_size=size, mask_token_id=mask_id)
         fixed = {"objective": objective, "model": folder, "vocab_size": model.config.vocab_size}
         fixed |= {"block_size": size} | runs.lasting(settings, "micro_batch", "recompute")

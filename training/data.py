@@ -40,7 +40,7 @@ FORMATS = {  # the keys that make a format -> the others that it reads
     ("instruction", "output"): ("input", *BESIDE),  # Alpaca
     ("text",): (),
 }
-# keys that other programs read; left out in silence, they would make another training of this one
+# keys to which other programs give a meaning: to ignore one would train something else in silence
 FOREIGN = "history context query response chosen rejected functions images audio videos weight train".split()
 MEANING = {key for format, others in FORMATS.items() for key in format + others} | {*FOREIGN}
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
@@ -54,7 +54,7 @@ def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[boo
     """Token ids of a record, and which are trainable.
 
     What the assistant wrote trains, with its end token; `text` trains whole. Raises InputError for what has
-    none of `FORMATS`, for two of them in one record, and for keys with a meaning that nothing uses.
+    none of `FORMATS`, for two of them in one record, and for known keys that this format does not read.
     """
     require(isinstance(record, dict), "it is no JSON object")
     if "token_ids" in record:  # an answer that `cli.py generate --output` wrote, token by token
@@ -130,7 +130,7 @@ def tools_of(record: dict) -> list | None:
 
 
 def is_trained(message: dict) -> bool:
-    """Whether a message trains. Raises InputError for a weight that is neither 0 nor 1, and of a question."""
+    """Whether a message trains. Raises InputError for other weights than 0 and 1, and 1 of a question."""
     weights = [message[key] for key in ("weight", "train") if message.get(key) is not None]
     require(all(w in (0, 1) for w in weights), f"a weight is {weights}; a message trains or not: 1 or 0")
     is_answer = message["role"] == "assistant"
@@ -152,7 +152,7 @@ def chat_document(
     without = lambda message: {key: message[key] for key in message if key not in ("weight", "train")}
     messages = list(map(without, messages))
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    require(answers and answers[0], "it has no answer, or begins with one")
+    require(answers and answers[0] > 0, "it has no answer, or begins with one")
     if answers[-1] + 1 < len(messages):
         say_once("what follows the last answer of a conversation is left out.")
     render = partial(tokenizer.render, tools=tools, add_generation_prompt=False)
@@ -334,7 +334,7 @@ def pack(
     """Each document once, padded to whole blocks, in rows of at most `seq_len` positions, in a random order.
 
     "documents": each document goes into the fullest row that has room for it. Only a document longer than a
-    row is cut; its last piece is packed like a document. "original": each document gets at least one position
+    row is cut; each piece then counts as a document. "original": each document gets at least one position
     of padding, all stand one behind the other, cut where a row ends; the last, incomplete row is dropped.
     """
     rows, order = [], rng.permutation(len(lengths)).tolist()
@@ -343,7 +343,8 @@ def pack(
         for document in order:
             for start in range(0, lengths[document], seq_len):
                 need = round_up(int(min(lengths[document] - start, seq_len)), block_size)
-                free = next((free for free in range(need, seq_len, block_size) if room[free]), seq_len)
+                fitting = (free for free in range(need, seq_len, block_size) if room[free])
+                free = next(fitting, seq_len)  # positions; all of them: a new row
                 if free == seq_len:
                     rows.append([])
                 row = rows[-1] if free == seq_len else room[free].pop()

@@ -193,7 +193,10 @@ def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
 
 
 class Whole(nn.Module):
-    """A model whose forward pass is a loss of it: where that begins, FSDP2 gathers embedding and head."""
+    """A model whose forward pass computes a loss.
+
+    FSDP2 gathers weights where a forward pass begins, and a loss needs embedding and head.
+    """
 
     def __init__(self, model: Qwen2, compute: torch.dtype):
         super().__init__()
@@ -210,7 +213,8 @@ class Whole(nn.Module):
 def distribute(model: Qwen2, compute: torch.dtype, recompute: bool) -> Whole:
     """Ready to train, with float32 weights; of several processes each has a share of them (FSDP2).
 
-    FSDP2 sends weights in the `compute` dtype, and then the residual stream has it too; else it is float32.
+    Several processes have weights and activations in the `compute` dtype; one has float32 weights, and only
+    matrix products are in `compute`.
     With `recompute` only the layers' inputs are kept for the backward pass.
     """
     whole, layers = Whole(model, compute), model.model.layers
@@ -246,12 +250,12 @@ def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # --- Checkpoints ---
-# Why kill -9 loses nothing. A checkpoint is a folder with the weights and the optimiser's state in one
-# safetensors file, and that file's checksum. It gets its name when both are complete, so a folder with a name
-# is a whole checkpoint. A step depends only on the step before, the settings and its number: the order of the
-# rows, the noise and the rate follow from seed and number. So the same command goes on from the last
-# checkpoint. Up to --save-every steps are computed again, identically; on another number of processes sums
-# run in another order, so the last bits may differ.
+# Why kill -9 loses nothing but time. A checkpoint is a folder with the weights and the optimiser's state in
+# one safetensors file, and that file's checksum. It gets its name when both are complete, so the newest
+# folder with a name is a whole checkpoint. A step depends only on the step before, the settings and its
+# number: the order of the rows, the noise and the rate follow from seed and number. So the same command goes
+# on from the last checkpoint. Up to --save-every steps are computed again, identically; on another number of
+# processes sums run in another order, so the last bits may differ.
 
 STATE, CHECKSUM = "state.safetensors", "state.sha256"
 
@@ -291,7 +295,10 @@ def open_data(
 
 
 def state_tensors(job: "Job") -> dict[str, Tensor]:
-    """The trained tensors and AdamW's state, by name, not copied. Before a step that is zeros."""
+    """The trained tensors and AdamW's state, by name; writing into them changes the run.
+
+    Before the first step this makes AdamW's state, all zeros.
+    """
     tensors, fresh = {}, not job.optimizer.state
     for name, p in job.trained.items():
         state = job.optimizer.state[p]
@@ -390,14 +397,15 @@ def run(job: Job, out: Path) -> dict:
     settings, log, rows_each = job.settings, out / "metrics.jsonl", job.settings.batch_size
     done = load_checkpoint(out, job)
     require(done <= settings.steps, f"{out}: has done {done} steps, more than --steps {settings.steps}.")
-    lines = log.read_bytes().splitlines(keepends=True)[:done] if log.exists() else []
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    lines = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
     complete, record = done == settings.steps, json.loads(lines[-1]) if lines else {}
     if rank() == 0:
         begin = f"Resuming at step {done}." if done else "No checkpoint yet, starting at step 0."
         click.echo(f"All {done} steps are done already." if complete else begin, err=True)
         replace_file(log, partial(Path.write_bytes, data=b"".join(lines)))  # later steps run again
     order, parameters = job.rows(), [*job.trained.values()]
-    next(islice(order, done * rows_each, done * rows_each), None)  # skipped here, outside of any step's time
+    next(islice(order, done * rows_each, done * rows_each), None)  # drops the rows of the steps already done
     size = {"total": settings.steps * rows_each, "initial": done * rows_each, "unit": "row"}
     with tqdm(**size, disable=rank() > 0 or complete) as bar:
         for step in range(done, settings.steps):
@@ -409,7 +417,7 @@ def run(job: Job, out: Path) -> dict:
             if not all(map(math.isfinite, (norm, *losses.values()))):
                 documents = sorted({document for row in rows for document, _, _ in row})[:8]
                 problem = f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm})"
-                where = f"the first of its documents are {', '.join(map(str, documents))}, counted from 0"
+                where = f"of its documents are {', '.join(map(str, documents))}, counted from 0"
                 raise InputError(f"{problem}; {where}; the checkpoints stay; a lower --lr may help.")
             for group in job.optimizer.param_groups:
                 group["lr"] = settings.learning_rate(step)
