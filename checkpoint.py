@@ -178,6 +178,8 @@ class Tokenizer:
         settings = read_settings(files)
         # variables of a template
         self.special = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
+        bos = self.id(self.special.get("bos_token", "")) if settings.get("add_bos_token") else None
+        self.begin = [] if bos is None else [bos]  # of a text that is no chat
         self.templates, self.template_source = {}, "none"  # the templates by name
         if template := files.get("chat_template.jinja", b"").decode() or settings.get("chat_template"):
             named = template if isinstance(template, list) else [{"name": "default", "template": template}]
@@ -196,6 +198,11 @@ class Tokenizer:
         valid = text.isascii() or text.encode(errors="ignore").decode() == text
         require(valid, f"No valid Unicode text: {brief(ascii(text))}.")
         return call_tokenizer("Cannot encode text", self.encoder.encode, text, add_special_tokens=False).ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text that is no chat, with a begin token where the tokenizer's settings add one."""
+        ids = self.encode(text)
+        return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)

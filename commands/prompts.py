@@ -55,7 +55,7 @@ def encode_prompt(
         require(isinstance(prompt, str) and prompt.strip(), "The prompt is empty; give it some text.")
         if raw:
             require(system is None, "--raw continues the prompt as it is, so --system has no place in it.")
-            return tokenizer.encode(prompt)
+            return tokenizer.encode_text(prompt)
         messages = [{"role": "user", "content": prompt}]
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     good = good and all(isinstance(m.get("role"), str) and "content" in m for m in messages)

@@ -74,7 +74,7 @@ def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[boo
         return chat_document(messages_of(record), tools_of(record), tokenizer)
     require(isinstance(record["text"], str) and record["text"], "its text is empty or no text")
     end = tokenizer.id("<|endoftext|>") or tokenizer.id(tokenizer.special.get("eos_token", ""))
-    tokens = tokenizer.encode(record["text"]) + ([] if end is None else [end])
+    tokens = tokenizer.encode_text(record["text"]) + ([] if end is None else [end])
     return tokens, [True] * len(tokens)
 
 
