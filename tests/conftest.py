@@ -23,6 +23,13 @@ def golden(name: str) -> dict:
     return json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
 
 
+def write_files(folder: Path, files: dict[str, bytes | str | dict]) -> None:
+    """Files by name; a dict becomes JSON."""
+    for name, content in files.items():
+        content = json.dumps(content) if isinstance(content, dict) else content
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Golden checkpoint folders by name; tests that change files copy them first."""
@@ -33,6 +40,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def golden_models(folders) -> dict:
     return {name: load(folder, "cpu")[0] for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def untied(golden_models):
+    return golden_models["untied"]
+
+
+@pytest.fixture(scope="session")
+def tied(golden_models):
+    return golden_models["tied"]
 
 
 @pytest.fixture(scope="session")

@@ -27,26 +27,27 @@ VARIANTS = {
                    "tie_word_embeddings": True},
     },
 }  # fmt: skip
+COMMON = {
+    "model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "hidden_act": "silu",
+    "rope_scaling": None, "use_sliding_window": False, "torch_dtype": "float32",
+}  # fmt: skip
 
 
 def shapes(c: dict) -> dict[str, tuple[int, ...]]:
     """Published tensor names and shapes of a config."""
     hidden, inner, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
+    layer = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    for name, rows in ("q_proj", hidden), ("k_proj", kv), ("v_proj", kv):
+        layer |= {f"self_attn.{name}.weight": (rows, hidden), f"self_attn.{name}.bias": (rows,)}
+    layer["self_attn.o_proj.weight"] = (hidden, hidden)
+    layer["mlp.gate_proj.weight"] = layer["mlp.up_proj.weight"] = (inner, hidden)
+    layer["mlp.down_proj.weight"] = (hidden, inner)
     names = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     if not c["tie_word_embeddings"]:
         names["lm_head.weight"] = (vocab, hidden)
     for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        for name, rows in [("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)]:
-            names[f"{layer}.self_attn.{name}.weight"] = (rows, hidden)
-            names[f"{layer}.self_attn.{name}.bias"] = (rows,)
-        names[f"{layer}.self_attn.o_proj.weight"] = (hidden, hidden)
-        names[f"{layer}.mlp.gate_proj.weight"] = names[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
-        names[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-        names[f"{layer}.input_layernorm.weight"] = names[f"{layer}.post_attention_layernorm.weight"] = (
-            hidden,
-        )
+        names |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return names
 
 
@@ -73,21 +74,10 @@ def weight(name: str, shape: tuple[int, ...], index: int, v: dict) -> np.ndarray
 def build(folder: Path, variant: str) -> Path:
     """Write one variant as a checkpoint folder in the published format."""
     v = VARIANTS[variant]
-    folder.mkdir(parents=True)
     names = shapes(v["config"])
-    save_file(
-        {n: weight(n, names[n], i, v) for i, n in enumerate(sorted(names))}, folder / "model.safetensors"
-    )
-    extra = {
-        "model_type": "Fast_dLLM_Qwen",
-        "architectures": ["Fast_dLLM_QwenForCausalLM"],
-        "rope_scaling": None,
-    }
-    extra |= {
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "mask_token_id": v["mask"],
-        "torch_dtype": "float32",
-    }
-    (folder / "config.json").write_text(json.dumps(v["config"] | extra))
+    weights = {name: weight(name, names[name], i, v) for i, name in enumerate(sorted(names))}
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors")
+    config = v["config"] | COMMON | {"mask_token_id": v["mask"]}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -16,38 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from windows import causal_attend, decoding_of, prompt_of, run_window
 
+import fastdllm
 from checkpoint import load, save
 from fast import PrepackedLinear, RecordedPasses, prepack
-from fastdllm import (
-    Config,
-    Decoding,
-    InputError,
-    KVCache,
-    Qwen2,
-    attention_bias,
-    decode,
-    generate,
-    grouped_attention,
-)
+from fastdllm import Config, Decoding, InputError, KVCache, Qwen2, decode, generate
 from verify import Verified, adapter_tensors, add_adapter
 
 CASES = golden("generate")["cases"]
 
 
-def is_prepacked(model: Qwen2) -> bool:
-    return isinstance(model.lm_head, PrepackedLinear)
-
-
-def random_model(dtype: torch.dtype) -> Qwen2:
-    return Qwen2(Config(64, 32, 48, 1, 4, 2, 8, 128, block_size=8, mask_token_id=63)).to(dtype)
-
-
 # --- Prepacked weights ---
 
-WORKS = {
-    dtype: is_prepacked(prepack(random_model(getattr(torch, dtype))))
-    for dtype in ("float32", "bfloat16", "float16")
-}
+
+def works(dtype: str) -> bool:
+    model = Qwen2(Config(64, 32, 48, 1, 4, 2, 8, 128)).to(getattr(torch, dtype))
+    return isinstance(prepack(model).lm_head, PrepackedLinear)
+
+
+WORKS = {dtype: works(dtype) for dtype in ("float32", "bfloat16", "float16")}  # as the processor knows them
 needs_onednn = pytest.mark.skipif(not WORKS["float32"], reason="oneDNN is not in this build of torch")
 
 
@@ -64,32 +50,21 @@ def test_prepacked_weights_give_golden_tokens(packed_models, monkeypatch, case, 
     assert result.tokens == case["tokens"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @torch.inference_mode()
-def test_prepacked_products_are_the_plain_ones(dtype, rng):
+def test_prepacked_products_are_the_plain_ones(dtype, near, rng):
     if not WORKS[dtype]:
         pytest.skip(f"oneDNN knows no {dtype} here")
     linear = torch.nn.Linear(640, 420).to(getattr(torch, dtype))
     x = torch.randn(2, 37, 640, generator=rng).to(linear.weight.dtype)
-    near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     for rows in (1, 5, 37):
         ours = PrepackedLinear(linear)(x[:, :rows])
         torch.testing.assert_close(ours, linear(x[:, :rows]), atol=near, rtol=near)
 
 
-def test_rows_of_a_batch_are_single_runs_with_prepacked_weights(packed_models):
-    prompts = [prompt_of(random.Random(n), 3 + 4 * n) for n in range(7)]
-    for size in (1, 8):
-        knobs = Decoding(size, min(size, 4), 0.6, "dual", 24, batch_size=4, stop_token_ids=())
-        alone = [generate(packed_models["tied"], [prompt], knobs)[0].tokens for prompt in prompts]
-        assert [result.tokens for result in generate(packed_models["tied"], prompts, knobs)] == alone
-
-
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors may lack it")
 def test_float32_is_prepacked_where_torch_has_onednn():
-    assert (
-        WORKS["float32"] == torch.backends.mkldnn.is_available()
-    )  # else all of these tests would skip in silence
+    assert WORKS["float32"] == torch.backends.mkldnn.is_available()  # else these tests skip in silence
 
 
 @needs_onednn
@@ -97,12 +72,13 @@ def test_prepacking_holds_large_weights_once(folders, monkeypatch):
     model, _ = load(folders["tied"], "cpu")
     weights = [weakref.ref(p) for p in model.parameters() if p.dim() == 2 and p is not model.weight]
     alive, make = [], PrepackedLinear.__init__
+
+    def counting(self, linear):
+        alive.append(sum(weight() is not None for weight in weights))
+        make(self, linear)
+
     monkeypatch.setattr(PrepackedLinear, "SMALL_WEIGHT", 0)
-    monkeypatch.setattr(
-        PrepackedLinear,
-        "__init__",
-        lambda self, *given: alive.append(sum(w() is not None for w in weights)) or make(self, *given),
-    )
+    monkeypatch.setattr(PrepackedLinear, "__init__", counting)
     prepack(model)
     gc.collect()
     assert alive[2:] == list(range(len(weights), 0, -1))  # after a trial and the head
@@ -120,7 +96,7 @@ def test_a_prepacked_model_is_neither_saved_nor_trained(folders, tmp_path):
         model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], causal_attend).sum().backward()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])  # a processor may know them or not
+@pytest.mark.parametrize("dtype", WORKS)
 def test_prepacking_serves_every_dtype(folders, dtype):
     model, _ = load(folders["untied"], "cpu", dtype)
     [result] = generate(prepack(model), [[5, 6, 7]], Decoding(8, max_new_tokens=20, stop_token_ids=()))
@@ -208,7 +184,7 @@ def adapted(folders, monkeypatch, device):
 
 DECODERS = (
     Decoding(1), Decoding(8, 8, 0.6), Decoding(8, 4, 0.6), Decoding(8, 2, 0.6, "dual"),
-    Verified(draft_width=4), Verified(draft_width=4, draft_ahead=True),
+    Verified(draft_width=8), Verified(draft_width=2, draft_ahead=True),  # both verify 9 tokens
 )  # fmt: skip
 
 
@@ -226,14 +202,9 @@ def test_recorded_passes_give_the_tokens_of_eager_ones(adapted, monkeypatch, mos
 
 
 @pytest.mark.parametrize("device", ["cpu"])
-def test_when_memory_ends_in_a_recording_the_caller_hears_of_it_and_the_next_decoding_works(
-    adapted, monkeypatch
-):
+def test_when_memory_ends_in_a_recording_the_next_decoding_works(adapted, monkeypatch):
     recorded, prompts = RecordedPasses(adapted), [prompt_of(random.Random(n), 9 + n) for n in range(3)]
-    for calls, temperature in (
-        (0, 0.0),
-        (60, 0.8),
-    ):  # before there is any graph, and in the middle of a later one
+    for calls, temperature in (0, 0.0), (60, 0.8):  # no graph is there yet, or some are
         knobs = Verified(max_new_tokens=20, temperature=temperature, seed=3)
         with monkeypatch.context() as patch:
             patch.setattr(Recording, "ROOM", calls)
@@ -242,46 +213,40 @@ def test_when_memory_ends_in_a_recording_the_caller_hears_of_it_and_the_next_dec
         assert generate(adapted, prompts, knobs, recorded) == generate(adapted, prompts, knobs)
 
 
-def test_recorded_passes_serve_one_decoding_at_a_time_and_one_model(folders):
-    model, _ = load(folders["untied"], "cpu")
-    recorded, prompt = RecordedPasses(model, record=False), prompt_of(random.Random(1), 19)
-    knobs = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=())
-    first = decode(model, [prompt], knobs, recorded=recorded)
+SOME = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=(), batch_size=4)
+
+
+def test_recorded_passes_serve_one_decoding_at_a_time_and_one_model(untied, tied):
+    recorded, prompt = RecordedPasses(untied, record=False), prompt_of(random.Random(1), 19)
+    first = decode(untied, [prompt], SOME, recorded=recorded)
     next(first)
     with pytest.raises(InputError, match="one decoding at a time"):
-        generate(model, [prompt], knobs, recorded)
+        generate(untied, [prompt], SOME, recorded)
     first.close()  # broken off: the next one may have them
-    assert generate(model, [prompt], knobs, recorded) == generate(model, [prompt], knobs)
-    other, _ = load(folders["untied"], "cpu")
+    assert generate(untied, [prompt], SOME, recorded) == generate(untied, [prompt], SOME)
     with pytest.raises(InputError, match="another model"):
-        generate(other, [prompt], knobs, recorded)
+        generate(tied, [prompt], SOME, recorded)
 
 
-def test_recorded_passes_outlast_unlike_requests(folders):
-    model, _ = load(folders["untied"], "cpu")
-    recorded, prompt = RecordedPasses(model, record=False), prompt_of(random.Random(1), 19)
+def test_recorded_passes_outlast_unlike_requests(untied):
+    recorded, prompt = RecordedPasses(untied, record=False), prompt_of(random.Random(1), 19)
     recorded.MOST_GRAPHS = 4
-    knobs = Decoding(8, 4, 0.6, max_new_tokens=30, stop_token_ids=(), batch_size=4)
-    few, long = ([prompt] * 4, knobs), ([prompt], replace(knobs, max_new_tokens=300))
-    for prompts, how in (few, long):
-        generate(model, prompts, how, recorded)
-    cache = recorded.cache
-    for prompts, how in (few, long):
-        generate(model, prompts, how, recorded)
-    assert recorded.cache is cache  # room for both
+    caches = []
+    for count, most in [(4, 30), (1, 300)] * 2:
+        generate(untied, [prompt] * count, replace(SOME, max_new_tokens=most), recorded)
+        caches.append(recorded.cache)
+    assert caches[1] is caches[2] is caches[3]  # room for both
     for temperature in range(1, 9):  # each another shape
-        generate(model, [prompt], replace(knobs, temperature=float(temperature), seed=0), recorded)
+        generate(untied, [prompt], replace(SOME, temperature=float(temperature), seed=0), recorded)
     assert len(recorded.passes) == 4  # the last used ones
-    recorded.claim(model, 1, 100_000)
+    recorded.claim(untied, 1, 100_000)
     assert recorded.cache.k.shape[1] == 2  # not also five rows
 
 
 # --- Devices ---
 
 
-@pytest.mark.parametrize(
-    "transposed", [False, True]
-)  # CUDA's kernels differ in the layout of what they return
+@pytest.mark.parametrize("transposed", [False, True])  # CUDA's kernels return one layout or another
 def test_groups_of_heads_equal_repeated_keys(device, monkeypatch, transposed, rng):
     kernel = torch.nn.functional.scaled_dot_product_attention
     turned = lambda *given, **how: kernel(*given, **how).transpose(1, 2).contiguous().transpose(1, 2)
@@ -289,19 +254,21 @@ def test_groups_of_heads_equal_repeated_keys(device, monkeypatch, transposed, rn
     q, k, v = (torch.randn(2, heads, 5, 16, generator=rng).to(device) for heads in (6, 2, 2))
     seen = torch.rand(2, 5, 5, generator=rng) < 0.7
     seen[..., 0] = True
-    for mask in (None, seen.to(device)):
-        bias = lambda groups, mask=mask: mask if mask is None else attention_bias(mask, groups, q.dtype)
-        whole = grouped_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias(1))
-        torch.testing.assert_close(grouped_attention(q, k, v, bias(3)), whole, atol=1e-5, rtol=1e-4)
+    one, three = (fastdllm.attention_bias(seen.to(device), groups, q.dtype) for groups in (1, 3))
+    repeated = [x.repeat_interleave(3, 1) for x in (k, v)]
+    for bias, grouped_bias in (None, None), (one, three):
+        whole = fastdllm.grouped_attention(q, *repeated, bias)
+        found = fastdllm.grouped_attention(q, k, v, grouped_bias)
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
 def test_cuda_logits_are_those_of_the_cpu(folders, device, dtype):
     tokens, outputs = torch.arange(48)[None], []
-    for where, precision in (("cpu", "float32"), (device, dtype)):
+    for where, precision in ("cpu", "float32"), (device, dtype):
         model, _ = load(folders["untied"], where, precision)
-        with torch.inference_mode():
-            cache = KVCache(model.config, 1, 48, model.lm_head.weight)
-            outputs.append(model.logits(run_window(model, tokens.to(where), [0], cache, 8)).float().cpu())
+        cache = KVCache(model.config, 1, 48, model.weight)
+        outputs.append(model.logits(run_window(model, tokens.to(where), [0], cache, 8)).float().cpu())
     near = 1e-3 if dtype == "float32" else 0.05 * outputs[0].abs().max().item()
     assert (outputs[0] - outputs[1]).abs().max().item() < near

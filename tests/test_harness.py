@@ -1,16 +1,15 @@
 """Our models in lm-eval: against its own model on the same weights, and against `cli.py eval`."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from click.testing import CliRunner
+from command_line import read_lines
 from conftest import ROOT
 
 pytest.importorskip("lm_eval", reason="pip install -r benchmarks/requirements.txt")
@@ -26,7 +25,8 @@ from fastdllm import Decoding, InputError, Qwen2, generate  # noqa: E402
 from training.attention import causal_attention  # noqa: E402
 
 TASKS = ROOT / "benchmarks" / "tasks"
-PROBLEMS = [json.loads(line) for line in (TASKS / "word_problems.jsonl").read_text().splitlines()]
+PROBLEMS = read_lines(TASKS / "word_problems.jsonl")
+UNTIL_END = {"until": [], "max_gen_toks": 100}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,9 +41,11 @@ def in_the_repository():
 @pytest.fixture
 def subject(shipped):
     """The shipped model as lm-eval sees it, with other options."""
-    return lambda reading="ar", kind=Decoding, **options: harness.HarnessModel(
-        "shipped", *shipped, kind(**options), reading
-    )
+
+    def build(reading="ar", kind=Decoding, **options):
+        return harness.HarnessModel("shipped", *shipped, kind(**options), reading)
+
+    return build
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,14 @@ def peer(shipped, tmp_path_factory):
     return HFLM(pretrained=str(folder), tokenizer=words, device="cpu", dtype="float32", batch_size=4)
 
 
-def requests(kind, arguments, task="word_problems"):
-    return [Instance(kind, {}, args, i, metadata=(task, i, 1)) for i, args in enumerate(arguments)]
+def requests(kind, arguments):
+    return [Instance(kind, {}, args, i, metadata=("word_problems", i, 1)) for i, args in enumerate(arguments)]
+
+
+def write(model, prompts, *settings):
+    """The texts of prompts, with the same settings or each with its own."""
+    settings = settings * len(prompts) if len(settings) == 1 else settings
+    return model.generate_until(requests("generate_until", [*zip(prompts, settings)]))
 
 
 def chat(model, problem):
@@ -83,9 +91,9 @@ def test_log_likelihoods_are_those_of_transformers(subject, peer):
     found, wanted = (m.loglikelihood(requests("loglikelihood", pairs)) for m in (ours, peer))
     assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted] and found[-1][1]
-    texts = requests("loglikelihood_rolling", [(p["question"] + "\n" + p["answer"],) for p in PROBLEMS])
-    texts.append(requests("loglikelihood_rolling", [("Mia has 12 apples. " * 400,)])[0])  # several windows
-    found, wanted = (m.loglikelihood_rolling(texts) for m in (ours, peer))
+    texts = [(p["question"] + "\n" + p["answer"],) for p in PROBLEMS]
+    texts.append(("Mia has 12 apples. " * 400,))  # several windows
+    found, wanted = (m.loglikelihood_rolling(requests("loglikelihood_rolling", texts)) for m in (ours, peer))
     assert found == pytest.approx(wanted, rel=1e-6, abs=1e-4)
 
 
@@ -116,10 +124,10 @@ def test_the_original_reading_scores_the_first_token_at_a_mask(subject, shipped)
 
 def test_greedy_texts_are_those_of_transformers(subject, peer):
     ours = subject(block_size=1, batch_size=3)
+    prompts = [chat(ours, problem) for problem in PROBLEMS[:5]]
     settings = {"until": ["####"], "max_gen_toks": 100, "do_sample": False}
-    asked = requests("generate_until", [(chat(ours, problem), settings) for problem in PROBLEMS[:5]])
-    found = ours.generate_until(asked)
-    assert found == peer.generate_until(asked)
+    found = write(ours, prompts, settings)
+    assert found == write(peer, prompts, settings)
     assert not any("####" in text for text in found) and all(text.endswith(".\n") for text in found)
 
 
@@ -135,15 +143,14 @@ def test_a_chat_prompt_is_the_checkpoints_own_template(subject, shipped):
 
 @pytest.mark.parametrize("decoder", harness.DECODERS)
 def test_answers_are_those_of_our_eval(subject, shipped, decoder):
-    ours = subject(kind=harness.DECODERS[decoder], batch_size=3)
-    manager = harness.find_tasks(["word_problems"], str(TASKS))
-    results = harness.evaluate(ours, ["word_problems"], manager, True)
+    model, tokenizer = shipped
+    ours, tasks = subject(kind=harness.DECODERS[decoder], batch_size=3), ["word_problems"]
+    results = harness.evaluate(ours, tasks, harness.find_tasks(tasks, str(TASKS)), True)
     samples = sorted(results["samples"]["word_problems"], key=lambda sample: sample["doc_id"])
     decoding = harness.DECODERS[decoder](max_new_tokens=128)
     problems = read_problems(read_jsonl(str(TASKS / "word_problems.jsonl")), None)
-    prompts = encode_prompts(problems, shipped[1], decoding, shipped[0].config)
-    answers = generate(shipped[0], prompts, decoding)
-    verdicts = [verdict(problem, answer, shipped[1]) for problem, answer in zip(problems.values(), answers)]
+    answers = generate(model, encode_prompts(problems, tokenizer, decoding, model.config), decoding)
+    verdicts = [verdict(problem, answer, tokenizer) for problem, answer in zip(problems.values(), answers)]
     assert [s["resps"][0][0] for s in samples] == [v["text"] for v in verdicts]
     assert [s["exact_match"] for s in samples] == [v["correct"] for v in verdicts]
     for name in ("new_tokens", "forward_passes"):  # the names of the command line
@@ -152,10 +159,8 @@ def test_answers_are_those_of_our_eval(subject, shipped, decoder):
 
 def test_a_stop_string_cuts_the_text(subject):
     ours = subject(batch_size=2)
-    plain = {"until": [], "max_gen_toks": 100}
-    stops = [], ["="], ["####", " = "], ["zebra"]
-    asked = [(chat(ours, PROBLEMS[0]), plain | {"until": stop}) for stop in stops]
-    whole, first, second, third = ours.generate_until(requests("generate_until", asked))
+    stops = [{"until": stop, "max_gen_toks": 100} for stop in ([], ["="], ["####", " = "], ["zebra"])]
+    whole, first, second, third = write(ours, [chat(ours, PROBLEMS[0])] * 4, *stops)
     assert first == whole[: whole.index("=")] and second == whole[: whole.index(" = ")] and third == whole
 
 
@@ -178,26 +183,14 @@ def test_sampling_settings_are_honoured_or_change_nothing(settings, decoding):
     ("num_beams", 4), ("guidance_scale", 2), ("seed", 1),
 ])  # fmt: skip
 def test_a_sampling_setting_that_is_not_built_is_refused_by_name(subject, name, value):
-    settings = {"until": [], "max_gen_toks": 9, "temperature": 0.7, name: value}
     with pytest.raises(InputError, match=f"sets {name} to {value}"):
-        subject().generate_until(requests("generate_until", [("x", settings)]))
-
-
-def test_the_most_probable_token_alone_is_greedy_at_any_temperature(subject):
-    settings = {"until": [], "max_gen_toks": 40}
-    for options in {"block_size": 1}, {}:
-        ours = subject(**options)
-        both = [(chat(ours, PROBLEMS[1]), settings | more) for more in ({}, {"top_k": 1, "temperature": 1.5})]
-        greedy, one = ours.generate_until(requests("generate_until", both))
-        assert greedy == one
+        write(subject(), ["x"], UNTIL_END | {"temperature": 0.7, name: value})
 
 
 def test_answers_that_the_model_has_no_room_for_are_shorter_with_one_note(subject, capsys):
-    ours, (first, second) = subject(block_size=1), PROBLEMS[:2]
-    asked = [(chat(ours, p), {"until": [], "max_gen_toks": 10**6}) for p in (first, second)]
-    short = [(prompt, {"until": [], "max_gen_toks": 100}) for prompt, _ in asked]
-    texts, wanted = (ours.generate_until(requests("generate_until", each)) for each in (asked, short))
-    assert texts == wanted
+    ours = subject(block_size=1)
+    prompts = [chat(ours, problem) for problem in PROBLEMS[:2]]
+    assert write(ours, prompts, UNTIL_END | {"max_gen_toks": 10**6}) == write(ours, prompts, UNTIL_END)
     assert capsys.readouterr().err.count("word_problems asks for answers of 1000000 tokens") == 1
 
 
@@ -205,26 +198,29 @@ def test_answers_that_the_model_has_no_room_for_are_shorter_with_one_note(subjec
 
 
 def test_the_command_writes_lm_evals_file_and_the_paper_table(tmp_path):
-    shutil.copytree(TASKS, tmp_path / "tasks")
-    task = (TASKS / "gsm8k_sample.yaml").read_text().replace("task: gsm8k_sample", "task: gsm8k")
-    (tmp_path / "tasks" / "gsm8k_sample.yaml").write_text(task)
-    common = ["--include-path", tmp_path / "tasks", "--output", tmp_path / "out.json", "--limit", "2"]
-    invoke = partial(CliRunner().invoke, harness.main, catch_exceptions=False)
-    run = lambda *more: invoke([str(a) for a in [*common, *more]])
+    tasks, output = shutil.copytree(TASKS, tmp_path / "tasks"), tmp_path / "out.json"
+    task = (tasks / "gsm8k_sample.yaml").read_text().replace("task: gsm8k_sample", "task: gsm8k")
+    (tasks / "gsm8k_sample.yaml").write_text(task)
+
+    def run(*more):
+        arguments = ["--include-path", tasks, "--output", output, "--limit", 2, *more]
+        return CliRunner().invoke(harness.main, [*map(str, arguments)], catch_exceptions=False)
+
     result = run("--tasks", "word_problems,word_choices")
     assert result.exit_code == 0, result.output
     assert "|word_problems|" in result.stdout and "tokens per forward" in result.stdout
-    written = json.loads((tmp_path / "out.json").read_text())
+    written = json.loads(output.read_text())
     assert written["results"]["word_choices"]["acc,none"] == 1
     assert written["speed"]["word_problems"]["new_tokens"] > 60
-    read = lambda: [json.loads(line) for line in (tmp_path / "out.samples.jsonl").read_text().splitlines()]
-    assert [s["task"] for s in read()] == ["word_problems"] * 2 + ["word_choices"] * 2
+    samples = read_lines(tmp_path / "out.samples.jsonl")
+    assert [sample["task"] for sample in samples] == ["word_problems"] * 2 + ["word_choices"] * 2
     result = run("--paper", "--tasks", "gsm8k", "--max-new-tokens", 40)
     assert result.exit_code == 0
     columns = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()]
     assert [row[:3] for row in columns[2:]] == [["GSM8K", "1", "0.0"], ["GSM8K", "0.9", "0.0"]]
     assert columns[2][5:] == ["57.0", "62.0", "71.4", "83.7"]
-    assert len(read()) == 2 * 2 * 2  # thresholds, questions, lm-eval's two ways to find the answer
+    # thresholds, questions, lm-eval's two ways to find the answer
+    assert len(read_lines(tmp_path / "out.samples.jsonl")) == 2 * 2 * 2
     unused = ["--tasks", "word_problems", "--decoder", "verify", "--threshold", 0.8]
     for mistake in ([], ["--tasks", "no_such_task"], ["--paper", "--num-fewshot", 3], unused):
         result = run(*mistake)
@@ -233,18 +229,18 @@ def test_the_command_writes_lm_evals_file_and_the_paper_table(tmp_path):
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    what = f"--include-path {TASKS} --tasks word_problems,word_choices --device cpu --output".split()
-    for file, start in (one, []), (two, ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
-        line = [sys.executable, *start, "benchmarks/harness.py", *what, str(file)]
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=alone)
+    found, texts = [], []
+    for start in [], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]:
+        what = f"--include-path {TASKS} --tasks word_problems,word_choices --device cpu --output"
+        line = [sys.executable, *start, "benchmarks/harness.py", *what.split(), str(tmp_path / "out.json")]
+        done = subprocess.run(line, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("|word_problems|") == 1
-    lines = [file.with_suffix(".samples.jsonl").read_text().splitlines() for file in (one, two)]
-    texts, more = ([line for line in part if "word_problems" in line] for part in lines)
-    assert texts == more and len(texts) == 8  # log-likelihoods round otherwise in other batches
-    ours, theirs = (json.loads(file.read_text()) for file in (one, two))
-    assert ours["results"] == theirs["results"]
-    counts = lambda found: [(s["new_tokens"], s["forward_passes"]) for s in found["speed"].values()]
-    assert counts(ours) == counts(theirs)
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+        # without log-likelihoods, which round otherwise in other batches
+        samples = (tmp_path / "out.samples.jsonl").read_text().splitlines()
+        texts.append([line for line in samples if "word_problems" in line])
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+    assert found[0]["results"] == found[1]["results"]
+    speeds = [[(s["new_tokens"], s["forward_passes"]) for s in f["speed"].values()] for f in found]
+    assert speeds[0] == speeds[1]

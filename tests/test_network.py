@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import golden
-from windows import block_causal_mask, block_forward, causal_attend, run_window
+from windows import block_causal_mask, block_forward, run_window
 
 from fastdllm import PADDING, KVCache, Sees, attention_mask
 
@@ -46,53 +46,28 @@ def test_uncached_forward_equals_golden_logits(golden_models, case):
 @pytest.mark.parametrize("case", [c for c in LOGITS if c["kind"] == "cache"], ids=name_of)
 @torch.inference_mode()
 def test_window_equals_golden_logits_for_every_kind_of_pass(golden_models, case):
-    model, size = golden_models[case["checkpoint"]], case["block_size"]
+    model, size, start = golden_models[case["checkpoint"]], case["block_size"], len(case["prefill_ids"])
     cache = KVCache(model.config, 1, 128, model.weight)
-    start = len(case["prefill_ids"])
-    for kind, ids, at in [
-        ("prefill", "prefill_ids", 0),
-        ("block", "block_ids", start),
-        ("sub", "sub_ids", start + case["sub_start"]),
-        ("sub2", "sub2_ids", start + case["sub2_start"]),
-        ("commit", "commit_ids", start),
-        ("next", "next_ids", start + size),
-    ]:
-        same_logits(model, run_window(model, torch.tensor([case[ids]]), [at], cache, size), case[kind])
-
-
-@torch.inference_mode()
-def test_causal_kernel_equals_block_size_1_mask(golden_models):
-    model, ids = golden_models["untied"], list(range(3, 40))
-    causal = model(torch.tensor([ids]), torch.arange(len(ids))[None], causal_attend)
-    torch.testing.assert_close(causal, block_forward(model, ids, 1), atol=1e-4, rtol=1e-4)
+    places = {
+        "prefill": 0,
+        "block": start,
+        "sub": start + case["sub_start"],
+        "sub2": start + case["sub2_start"],
+    }
+    for kind, at in (places | {"commit": start, "next": start + size}).items():
+        ids = torch.tensor([case[f"{kind}_ids"]])
+        same_logits(model, run_window(model, ids, [at], cache, size), case[kind])
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 12])
 @torch.inference_mode()
-def test_committed_blocks_equal_one_uncached_forward(golden_models, size, rng):
-    model = golden_models["tied"]
-    cache = KVCache(model.config, 1, 48, model.weight)
-    ids, noise = (torch.randint(0, 280, (1, 48), generator=rng) for _ in range(2))
-    hidden = [run_window(model, ids[:, :24], [0], cache, size)]
+def test_committed_blocks_equal_one_uncached_forward(tied, size, rng):
+    cache = KVCache(tied.config, 1, 48, tied.weight)
+    ids, noise = torch.randint(0, 280, (2, 1, 48), generator=rng)
+    hidden = [run_window(tied, ids[:, :24], [0], cache, size)]
     for start in range(24, 48, size):
         block = slice(start, start + size)
-        run_window(model, noise[:, block], [start], cache, size)  # leaves nothing behind
-        hidden.append(run_window(model, ids[:, block], [start], cache, size))
-    whole = block_forward(model, ids[0].tolist(), size)
+        run_window(tied, noise[:, block], [start], cache, size)  # leaves nothing behind
+        hidden.append(run_window(tied, ids[:, block], [start], cache, size))
+    whole = block_forward(tied, ids[0].tolist(), size)
     torch.testing.assert_close(torch.cat(hidden, dim=1), whole, atol=1e-4, rtol=1e-4)
-
-
-@torch.inference_mode()
-def test_ragged_windows_equal_single_rows(golden_models, rng):
-    model = golden_models["untied"]
-    tokens = torch.randint(0, 300, (3, 40), generator=rng)
-    starts = [8, 32, 16]
-    together = KVCache(model.config, 4, 40, model.weight)
-    together.k.fill_(1e3), together.v.fill_(1e3)  # whatever stood there before
-    for row, start in enumerate(starts):
-        run_window(model, tokens[row : row + 1, :start], [0], together, 8, [row + 1])
-    windows = torch.stack([tokens[row, start : start + 8] for row, start in enumerate(starts)])
-    hidden = run_window(model, windows, starts, together, 8, [1, 2, 3])
-    for row, start in enumerate(starts):
-        alone = block_forward(model, tokens[row, : start + 8].tolist(), 8)[0, start:]
-        torch.testing.assert_close(hidden[row], alone, atol=1e-4, rtol=1e-4)

@@ -4,61 +4,71 @@ import json
 from datetime import date
 
 import pytest
-from conftest import ROOT, golden
+from conftest import ROOT, golden, write_files
 
 import checkpoint
 from checkpoint import Tokenizer, load_tokenizer
 from fastdllm import InputError
 
-GOLDEN = golden("tokenizer")
+GOLDEN, VOCABULARY = golden("tokenizer"), golden("qwen2_vocabulary")
+NO_MERGES = "#version: 0.2\n"
+JINJA, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+BOOKS = {"vocab.json": {"a": 0, "b": 1}, "merges.txt": NO_MERGES}
+FILLERS = [f"<|{i}|>" for i in range(17)]
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *FILLERS[:11], "<tool_call>", "</tool_call>"]
+ADDED += [*FILLERS[11:], "|<MASK>|"]
 
 
-@pytest.fixture(scope="module", params=["tokenizer_config.json", "added_tokens.json", "tokenizer.json"])
-def tokenizer(request, tmp_path_factory):
-    """The published tokenizer, cut down to what the golden texts need, from each form of its files."""
-    part, folder = golden("qwen2_vocabulary"), tmp_path_factory.mktemp("tokenizer")
-    vocab = part["vocab"] | {f"<{i}>": i for i in set(range(part["size"])) - set(part["vocab"].values())}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(part["merges"]) + "\n")
-    names = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
-    names += "vision_start vision_end vision_pad image_pad video_pad"
-    special = [f"<|{name}|>" for name in names.split()]
-    plain = ["<tool_call>", "</tool_call>"] + [f"<|fim_{n}|>" for n in ("prefix", "middle", "suffix", "pad")]
-    plain += ["<|repo_name|>", "<|file_sep|>"]
-    added = {151643 + i: name for i, name in enumerate([*special, *plain, "|<MASK>|"])}
-    if request.param == "added_tokens.json":
-        (folder / "added_tokens.json").write_text(json.dumps({name: i for i, name in added.items()}))
-    else:
-        entries = {str(i): {"content": name, "special": name not in plain} for i, name in added.items()}
-        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
-    if request.param == "tokenizer.json":
-        load_tokenizer(folder).encoder.save(str(folder / "tokenizer.json"))
-        (folder / "vocab.json").unlink()
+def tokenizer_of(folder, files):
+    write_files(folder, files)
     return load_tokenizer(folder)
 
 
+def refusal(folder, files):
+    """The one short sentence with which tokenizer files are refused."""
+    with pytest.raises(InputError) as caught:
+        tokenizer_of(folder, files)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+def only_model(**model):
+    return {"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": []} | model}}
+
+
+@pytest.fixture(scope="module", params=[CONFIG, "added_tokens.json", "tokenizer.json"])
+def tokenizer(request, tmp_path_factory):
+    """The published tokenizer, cut down to what the golden texts need, from each form of its files."""
+    size, vocab, folder = VOCABULARY["size"], VOCABULARY["vocab"], tmp_path_factory.mktemp("tokenizer")
+    vocab = vocab | {f"<{i}>": i for i in {*range(size)} - {*vocab.values()}}
+    files = {"vocab.json": vocab, "merges.txt": NO_MERGES + "\n".join(VOCABULARY["merges"]) + "\n"}
+    if request.param == "added_tokens.json":
+        files["added_tokens.json"] = {name: size + i for i, name in enumerate(ADDED)}
+    else:
+        entries = [{"content": name, "special": "tool" not in name} for name in ADDED]
+        files[CONFIG] = {"added_tokens_decoder": dict(enumerate(entries, size))}
+    tokenizer = tokenizer_of(folder, files)
+    if request.param != "tokenizer.json":
+        return tokenizer
+    (folder / "vocab.json").unlink()
+    return tokenizer_of(folder, {"tokenizer.json": tokenizer.encoder.to_str()})
+
+
 @pytest.mark.parametrize("case", GOLDEN["texts"], ids=lambda c: c["text"][:12])
-def test_ids_and_text_equal_golden(tokenizer, case):
+def test_ids_and_text_equal_golden_and_a_stream_never_prints_half_a_character(tokenizer, case):
     assert tokenizer.encode(case["text"]) == case["ids"]
     assert tokenizer.decode(case["ids"], skip_special_tokens=False) == case["decoded"]
     assert tokenizer.decode(case["ids"]) == case["decoded_skip_special"]
+    pieces = list(tokenizer.stream([i] for i in case["ids"]))
+    assert "".join(pieces) == case["decoded_skip_special"]
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 @pytest.mark.parametrize("case", GOLDEN["chats"], ids=lambda c: str(len(c["messages"])))
-def test_chat_equals_golden_ids(tokenizer, case):
+def test_chat_equals_golden_ids_and_size_counts_every_id(tokenizer, case):
     assert tokenizer.chat(case["messages"]) == case["ids"]
-
-
-def test_size_counts_every_id(tokenizer):
-    assert tokenizer.size == 151666
-    assert tokenizer.id("|<MASK>|") == 151665
-
-
-@pytest.mark.parametrize("case", GOLDEN["texts"], ids=lambda c: c["text"][:12])
-def test_stream_never_prints_half_a_character(tokenizer, case):
-    pieces = list(tokenizer.stream([i] for i in case["ids"]))
-    assert "".join(pieces) == tokenizer.decode(case["ids"])
-    assert not any("\ufffd" in piece for piece in pieces)
+    assert tokenizer.size == 151666 and tokenizer.id("|<MASK>|") == 151665
 
 
 def test_stream_ends_with_bytes_that_never_became_a_character(tokenizer):
@@ -68,15 +78,23 @@ def test_stream_ends_with_bytes_that_never_became_a_character(tokenizer):
 
 def test_added_tokens_without_flags_are_special_by_their_form_or_where_they_are_listed(tmp_path):
     names = "<tool_call> <|im_end|> |<MASK>| <eos> <extra> <other>".split()
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "added_tokens.json").write_text(json.dumps({name: 2 + i for i, name in enumerate(names)}))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}, "pad_token": null}')
-    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<extra>"]}')
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = tokenizer_of(tmp_path, BOOKS | {
+        "added_tokens.json": {name: 2 + i for i, name in enumerate(names)},
+        CONFIG: {"eos_token": {"content": "<eos>"}, "pad_token": None},
+        "special_tokens_map.json": {"additional_special_tokens": ["<extra>"]},
+    })  # fmt: skip
     ids = tokenizer.encode("a".join(names) + "b")
     assert ids == [2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 1]
     assert tokenizer.decode(ids) == "<tool_call>aaaaa<other>b"
+
+
+def test_a_text_begins_as_the_settings_say_and_only_once(tmp_path):
+    names = {"added_tokens.json": {"<bos>": 2}}
+    for add, begin in (True, [2]), (False, []):
+        settings = {"bos_token": "<bos>", "add_bos_token": add}
+        tokenizer = tokenizer_of(tmp_path, BOOKS | names | {CONFIG: settings})
+        assert tokenizer.encode_text("ab") == begin + tokenizer.encode("ab")
+        assert tokenizer.encode_text("<bos>ab") == [2] + tokenizer.encode("ab")
 
 
 # --- Chats ---
@@ -88,7 +106,9 @@ SYSTEM = {"role": "system", "content": "Be terse."}
 CALL = {"function": {"name": "find", "arguments": {"text": "é<b>"}}}
 TOOL = {"type": "function", "function": {"name": "find", "description": "Finds 'é' & more."}}
 LOOP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-END = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LOOP += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+OWN = "{% if messages[0].role != 'system' %}<|im_start|>system\nDon't {{ 1 < 2 }}.<|im_end|>\n{% endif %}\n"
+ASKED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture
@@ -98,63 +118,42 @@ def with_template(shipped):
     def build(template=None, files=None, **settings):
         settings = {"chat_template": template} | settings
         files = {name: text.encode() for name, text in (files or {}).items()}
-        return Tokenizer(shipped[1].encoder, {"tokenizer_config.json": json.dumps(settings).encode()} | files)
+        return Tokenizer(shipped[1].encoder, {CONFIG: json.dumps(settings).encode()} | files)
 
     return build
 
 
 @pytest.mark.parametrize("template, system", [
-    ("{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are Qwen. You are kind.<|im_end|>\\n' }}"
-     "{% endif %}" + LOOP + END, "You are Qwen. You are kind."),
-    ("{% set default = \"Don't guess if 1 < 2.\" %}{%- if messages[0]['role'] != 'system' %}"
-     "<|im_start|>system\n{{ default }}<|im_end|>\n{% endif %}\n" + LOOP + END, "Don't guess if 1 < 2."),
-    (FAMILIES["Qwen2.5-Math"]["chat_template"],
-     "Please reason step by step, and put your final answer within \\boxed{}."),
-    (LOOP + END, None),
-    (None, "You are a helpful assistant."),
+    (OWN + LOOP, "Don't True."), (LOOP, None), (None, "You are a helpful assistant."),
+    (FAMILIES["Qwen2.5-Math"]["chat_template"], "Please reason step by step, and put your final answer within \\boxed{}."),
 ])  # fmt: skip
 def test_a_default_system_message_is_the_templates_own(with_template, template, system):
     tokenizer = with_template(template)
-    turn = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     expected = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-    assert tokenizer.render([USER]) == expected + turn
+    assert tokenizer.render([USER]) == expected + ASKED
     assert tokenizer.default_system() == system
-    assert tokenizer.render([SYSTEM, USER]) == f"<|im_start|>system\nBe terse.<|im_end|>\n{turn}"
-    assert tokenizer.chat([USER]) == tokenizer.encode(tokenizer.render([USER]))
+    assert tokenizer.render([SYSTEM, USER]) == f"<|im_start|>system\nBe terse.<|im_end|>\n{ASKED}"
 
 
-@pytest.fixture(scope="module")
-def distillation(tmp_path_factory):
-    """A tokenizer without ChatML, whose template has tokens of its own."""
-    family, folder = FAMILIES["R1 distillation"], tmp_path_factory.mktemp("distillation")
-    part = golden("qwen2_vocabulary")
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(part["vocab"])}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(part["merges"]))
-    added = {token: True for token in family["special"]} | {token: False for token in family["plain"]}
-    ids = range(len(part["vocab"]), len(part["vocab"]) + len(added))
-    listed = {i: {"content": token, "special": added[token]} for i, token in zip(ids, added)}
+def test_a_distillations_turns_are_its_own_tokens(tmp_path):
+    """Its tokenizer has no ChatML."""
+    family = FAMILIES["R1 distillation"]
     settings = {key: family[key] for key in ("chat_template", "bos_token", "eos_token")}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": listed}))
-    return load_tokenizer(folder)
-
-
-def test_a_distillations_turns_are_its_own_tokens(distillation):
-    bos, eos, user, assistant, think = map(
-        distillation.id,
-        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>"),
-    )
-    hi, newline = distillation.encode("Hi"), distillation.encode("\n")
-    assert distillation.chat([USER]) == [bos, user, *hi, assistant, think, *newline]
-    thought = ANSWER | {"content": "<think>\nHm.\n</think>Hi"}
-    ids = distillation.chat([SYSTEM | {"content": "Hi"}, USER, thought, USER])
-    assert ids == [bos, *hi, user, *hi, assistant, *hi, eos, user, *hi, assistant, think, *newline]
-    assert distillation.decode(ids).count("<think>") == 1  # no special token, so it stays
-    assert distillation.default_system() is None
-
-
-def test_the_content_of_a_call_may_be_null_where_the_template_allows_it(distillation):
-    text = distillation.render([USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}])
+    names = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>"]
+    added = [{"content": name, "special": name != "<think>"} for name in names]
+    tokenizer = tokenizer_of(tmp_path, {
+        "vocab.json": {"a": 0, "b": 1, "Ċ": 2}, "merges.txt": NO_MERGES,
+        CONFIG: settings | {"added_tokens_decoder": dict(enumerate(added, 3))},
+    })  # fmt: skip
+    a, b, newline, bos, eos, user, assistant, think = range(8)
+    asked, thought = {"role": "user", "content": "a"}, ANSWER | {"content": "<think>\nHm.\n</think>b"}
+    assert tokenizer.chat([asked]) == [bos, user, a, assistant, think, newline]
+    ids = tokenizer.chat([SYSTEM | {"content": "b"}, asked, thought, asked])
+    assert ids == [bos, b, user, a, assistant, b, eos, user, a, assistant, think, newline]
+    assert tokenizer.decode(ids) == "baba<think>\n"  # thinking is no special token, so it stays
+    text = tokenizer.render([asked, ANSWER | {"content": None, "tool_calls": [CALL]}])
     assert '<｜Assistant｜>\ncall find\n```json\n{\n  "text": "é<b>"\n}\n```<｜end▁of▁sentence｜>' in text
+    assert tokenizer.default_system() is None
 
 
 def test_tools_calls_and_results_reach_the_template(with_template):
@@ -163,51 +162,24 @@ def test_tools_calls_and_results_reach_the_template(with_template):
     results = [{"role": "tool", "content": "[1]"}, {"role": "tool", "content": "[2]"}]
     text = tokenizer.render([USER, call, *results, ANSWER | {"tool_calls": None}], [TOOL], False)
     head, _, turns = text.partition("<|im_end|>\n")
-    assert head.startswith("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful")
     listed = '{"type": "function", "function": {"name": "find", "description": "Finds \'é\' & more."}}'
     assert f"\n<tools>\n{listed}\n</tools>\n" in head
     one_call = '<tool_call>\n{"name": "find", "arguments": {"text": "é<b>"}}\n</tool_call>'
-    assert turns == (
-        "<|im_start|>user\nHi<|im_end|>\n"
-        f"<|im_start|>assistant\n{one_call}\n{one_call}<|im_end|>\n"
-        "<|im_start|>user\n<tool_response>\n[1]\n</tool_response>\n<tool_response>\n[2]\n</tool_response><|im_end|>\n"
+    answers = "".join(f"<tool_response>\n[{i}]\n</tool_response>" + "\n" * (2 - i) for i in (1, 2))
+    assert turns == ASKED + (
+        f"{one_call}\n{one_call}<|im_end|>\n<|im_start|>user\n{answers}<|im_end|>\n"
         "<|im_start|>assistant\nYes<|im_end|>\n"
     )
 
 
-def test_thoughts_of_earlier_turns_vanish_where_the_template_says_so(with_template):
-    tokenizer = with_template(FAMILIES["QwQ"]["chat_template"])
-    thought = ANSWER | {"content": "<think>\nHm.\n</think>\n\nYes"}
-    beside = ANSWER | {"reasoning_content": "\nHm.\n"}
-    assert tokenizer.render([USER, thought, USER]) == (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    )
-    assert tokenizer.render([USER, beside], None, False).endswith(
-        "assistant\n<think>\nHm.\n</think>\n\nYes<|im_end|>\n"
-    )
-
-
-def test_a_template_of_plain_text_is_one(with_template):
-    tokenizer = with_template(FAMILIES["ORZ"]["chat_template"])
-    assert tokenizer.default_system() is None  # it refuses a system message
-    text = tokenizer.render([USER])
-    assert text.startswith("A conversation between User and") and text.endswith(
-        "User: Hi\nAssistant: <think>"
-    )
-
-
 @pytest.mark.parametrize("template, text", [
-    ("{{ {'a': 'é<&>', 'b': [1]} | tojson }}", '{"a": "é<&>", "b": [1]}'),
+    ("{{ {'b': 'é<&>', 'a': [1]} | tojson }}", '{"b": "é<&>", "a": [1]}'),
     ("{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}", '{\n "a": 2,\n "b": 1\n}'),
     ("{{ strftime_now('%Y') }}", str(date.today().year)),
-    ("{% for m in messages %}{% if loop.last %}{% continue %}{% endif %}{{ m.content }},{% endfor %}", "Hi,Yes,"),
-    ("{% for m in messages[::-1] %}{{ loop.length - loop.index0 }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}", "32"),
+    ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}", "Yes"),
     ("  {% generation %}\n{{ messages[1].content }}\n  {% endgeneration %}\n.", "Yes\n."),
     ("{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}{{ unk_token }}", "<s></s>False<u>"),
-    ("{{ tools is none }}{{ tools is defined }}{{ messages is mapping }}{{ messages[0].x is string }}", "TrueTrueFalseFalse"),
-    ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content | length %}{% endfor %}{{ ns.n }}", "7"),
-    ("{{ '\\n  a ' | trim }}|{{ messages[0].content.split('i')[-1].strip() }}|\n", "a||"),
+    ("{{ tools is none }}{{ tools is defined }}{{ messages[0].x is string }}\n", "TrueTrueFalse"),
 ])  # fmt: skip
 def test_what_templates_use_is_there(with_template, template, text):
     files = {"special_tokens_map.json": '{"unk_token": "<u>", "eos_token": "<other>"}'}
@@ -220,18 +192,14 @@ NESTED = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 
 @pytest.mark.parametrize("template, reason", [
-    ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate."),
-    ("{{ ''.__class__ }}", "'__class__' of a str is outside what a template may use"),
-    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "'__class__' of a str is outside"),
+    ("{{ raise_exception('Roles must\nalternate.') }}", "Roles must alternate."),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "'__class__' of a str is outside what a template may use"),
     ("{{ messages | attr('__class__') }}", "'__class__' of a list is outside"),
     ("{{ '{0.__class__}'.format(1) }}", "'__class__' of a int is outside"),
-    ("{{ messages.append(1) }}", "'append' of a list is outside"),
     ("{{ raise_exception.__globals__ }}", "'__globals__' of a method is outside"),
+    ("{{ messages.append(1) }}", "'append' of a list is outside"),
     ("{% include '/etc/hostname' %}", "no loader for this environment"),
     ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
-    ("{{ messages | no_such_filter }}", "No filter named 'no_such_filter'"),
-    ("{{ messages[5].content }}", "list object has no element 5"),
-    ("{{ 'a' + messages[2].content }}", "can only concatenate str"),
     ("{{ messages[2].content }}", "it writes a null, such as a content, as text"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
     ("{% for i in range(1000000) %}{% endfor %}", "Range too big"),
@@ -239,136 +207,100 @@ NESTED = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     (NESTED, "it does not end within 65,536 steps"),
     (TWICE, "it does not end within 65,536 steps"),
     ("{{ lipsum(n=1000000000) }}", "'lipsum' is undefined"),
+    ("{{ raise_exception('long ' * 1000) }}", "long long"),
 ])  # fmt: skip
-def test_a_template_that_fails_is_one_sentence_with_its_own_message(
-    with_template, template, reason, monkeypatch
-):
+def test_a_template_that_fails_is_one_short_sentence(with_template, template, reason, monkeypatch):
     monkeypatch.setattr(checkpoint, "MAX_STEPS", 2**16)  # sooner
-    tokenizer = with_template(template)
     with pytest.raises(InputError) as caught:
-        tokenizer.chat([USER, ANSWER, ANSWER | {"content": None}])
+        with_template(template).chat([USER, ANSWER, ANSWER | {"content": None}])
     assert str(caught.value).startswith("The chat template cannot write this conversation: ")
     assert reason in str(caught.value) and len(str(caught.value)) < 300
 
 
-def test_where_the_template_comes_from(with_template):
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
-    for tokenizer, source, text, text_with_tools in [
-        (with_template("own{{ tools or '' }}"), "tokenizer_config.json", "own", "own[1]"),
-        (with_template(named), "tokenizer_config.json", "plain", "with tools"),
-        (with_template(named[1:]), "tokenizer_config.json", None, "with tools"),
-        (
-            with_template(named, {"chat_template.jinja": "file\r\n\r\n"}),
-            "chat_template.jinja",
-            "file\n",
-            None,
-        ),
-        (
-            with_template("", {"chat_template.jinja": ""}),
-            "ChatML (no template in the files)",
-            "<|im_start|>",
-            None,
-        ),
-    ]:
-        assert tokenizer.template_source == source
-        for tools, expected in ((None, text), ([1], text_with_tools)):
-            if expected is None:
-                with pytest.raises(InputError):
-                    tokenizer.render([USER], tools)
-            else:
-                assert tokenizer.render([USER], tools).startswith(expected)
+NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+
+
+@pytest.mark.parametrize("template, files, source, text, text_with_tools", [
+    ("own{{ tools or '' }}", {}, CONFIG, "own", "own[1]"),
+    (NAMED, {}, CONFIG, "plain", "with tools"),
+    (NAMED[1:], {}, CONFIG, None, "with tools"),
+    (NAMED, {JINJA: "file\r\n\r\n"}, JINJA, "file\n", None),
+    ("", {JINJA: ""}, "ChatML (no template in the files)", "<|im_start|>", None),
+], ids=str)  # fmt: skip
+def test_where_the_template_comes_from(with_template, template, files, source, text, text_with_tools):
+    tokenizer = with_template(template, files)
+    assert tokenizer.template_source == source
+    for tools, expected in ((None, text), ([1], text_with_tools)):
+        if expected:
+            assert tokenizer.render([USER], tools).startswith(expected)
+        else:
+            with pytest.raises(InputError):
+                tokenizer.render([USER], tools)
 
 
 def test_a_chat_without_template_and_chatml_tokens_is_refused(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = tokenizer_of(tmp_path, BOOKS)
     assert tokenizer.template is None and tokenizer.template_source == "none"
-    with pytest.raises(InputError, match="has no chat template, so it cannot chat; --raw continues a text"):
+    with pytest.raises(InputError, match="has no chat template, so it cannot chat; .* `generate --raw`"):
         tokenizer.chat([USER])
     assert tokenizer.default_system() is None
 
 
-@pytest.mark.parametrize("message, tools", [
-    ({"role": "tool", "content": "[1]"}, None),
-    ({"role": "human", "content": "Hi"}, None),
-    (ANSWER | {"tool_calls": [CALL]}, None),
-    (ANSWER | {"reasoning_content": "Hm."}, None),
-    (ANSWER | {"content": None}, None),
-    (USER, [TOOL]),
+PLAIN, NO_TOOLS = "only plain turns of system, user and assistant", "chat template has no place for tools"
+
+
+@pytest.mark.parametrize("template, messages, tools, reason", [
+    (None, [USER, {"role": "tool", "content": "[1]"}], None, PLAIN),
+    (None, [USER, ANSWER | {"tool_calls": [CALL]}], None, PLAIN),
+    (None, [USER, ANSWER | {"reasoning_content": "Hm."}], None, PLAIN),
+    (None, [USER], [TOOL], PLAIN),
+    (LOOP, [USER], [TOOL], NO_TOOLS),
+    (LOOP, [USER, ANSWER | {"content": None}], None, "writes a null"),
 ])  # fmt: skip
-def test_what_plain_chatml_has_no_place_for_is_refused(with_template, message, tools):
-    with pytest.raises(InputError, match="only plain turns of system, user and assistant|writes a null"):
-        with_template().chat([USER, message], tools)
+def test_what_the_template_has_no_place_for_is_refused(with_template, template, messages, tools, reason):
+    with pytest.raises(InputError, match=reason):
+        with_template(template).chat(messages, tools)
 
 
-def test_tools_that_the_template_would_drop_are_refused(shipped):
-    with pytest.raises(InputError, match="chat template has no place for tools"):
-        shipped[1].chat([USER], [TOOL])
+# --- Mistakes in files ---
 
 
-def test_broken_tokenizer_files_are_named(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"half": ')
-    with pytest.raises(InputError, match="tokenizer files cannot be read"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "vocab.json").write_text('{"a": 0}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "added_tokens.json").write_text('{"<x>": 7}')
-    with pytest.raises(InputError, match="'<x>' is listed as id 7 but becomes 1"):
-        load_tokenizer(tmp_path)
-
-
-def test_added_tokens_of_tokenizer_json_keep_their_ids_or_are_refused(tmp_path, shipped):
+def test_missing_and_contradictory_files_are_named(tmp_path, shipped):
+    assert "no tokenizer; tokenizer.json, or vocab.json and merges.txt" in refusal(tmp_path, {})
+    wrong = BOOKS | {"added_tokens.json": {"<x>": 7}}
+    assert "'<x>' is listed as id 7 but becomes 2" in refusal(tmp_path, wrong)
     whole = json.loads(shipped[1].files["tokenizer.json"])
     first, second = whole["added_tokens"][:2]
     first["id"], second["id"] = second["id"], first["id"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(InputError, match=r"added token '<\|im_start\|>' is listed as id 745 but becomes 746"):
-        load_tokenizer(tmp_path)
+    said = refusal(tmp_path, {"added_tokens.json": "{}", "tokenizer.json": whole})
+    assert "added token '<|im_start|>' is listed as id 745 but becomes 746" in said
 
 
 @pytest.mark.parametrize("name, content", [
-    ("chat_template.jinja", "caf\xe9".encode("latin-1")),
-    ("tokenizer_config.json", '{"chat_template": "caf\xe9"}'.encode("latin-1")),
-    ("tokenizer.json", '{"model": "caf\xe9"}'.encode("latin-1")),
-    ("tokenizer_config.json", b'{"a": ' + b"[" * 100_000),
-    ("tokenizer_config.json", b"[]"),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 1}}'),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"749": {"content": "\\ud800"}}}'),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": "a\\n"}}}'),
-    ("tokenizer.json", b'{"model": {"type": "' + b"x\\n" * 20_000 + b'"}}'),
-    ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'),
+    (JINJA, "caf\xe9".encode("latin-1")),
+    (CONFIG, '{"chat_template": "caf\xe9"}'.encode("latin-1")),
+    ("tokenizer.json", '{"half": '),
+    (CONFIG, '{"a": ' + "[" * 100_000),
+    (CONFIG, "[]"),
+    (CONFIG, '{"added_tokens_decoder": {"x": 1}}'),
+    (CONFIG, '{"added_tokens_decoder": {"749": {"content": "\\ud800"}}}'),
+    ("tokenizer.json", '{"model": {"type": "' + "x\\n" * 20_000 + '"}}'),
+    *only_model(merges=[["a", "b"]]).items(),
 ])  # fmt: skip
 def test_files_that_cannot_be_read_give_one_short_line(tmp_path, shipped, name, content):
-    for file, original in shipped[1].files.items():
-        (tmp_path / file).write_bytes(original)
-    (tmp_path / "tokenizer_config.json").write_text("{}")  # so that the template's own file counts
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    files = shipped[1].files | {CONFIG: "{}"}  # so that the template's own file counts
+    assert "tokenizer files cannot be read" in refusal(tmp_path, files | {name: content})
 
 
 @pytest.mark.parametrize("model, pattern, text", [
     ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}, "x", "b"),  # raises a plain Exception
-    ({"type": "BPE", "vocab": {"a": 0}, "merges": []}, r"(\w+)*\1$", "a" * 50 + "!"),  # a panic
+    ({"vocab": {"a": 0}}, r"(\w+)*\1$", "a" * 50 + "!"),  # a panic
+    ({}, "x", "\n\udce9" * 10_000),  # no Unicode, and a tokenizer without tokens
 ])  # fmt: skip
-def test_text_that_the_tokenizer_cannot_encode_is_refused(tmp_path, model, pattern, text):
+def test_text_that_cannot_be_encoded_is_refused_in_one_short_line(tmp_path, model, pattern, text):
+    files = only_model(**model)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "pre_tokenizer": split}))
-    with pytest.raises(InputError, match="Cannot encode text"):
-        load_tokenizer(tmp_path).encode(text)
-
-
-def test_text_that_is_no_unicode_is_refused_in_one_short_line(shipped):
-    with pytest.raises(InputError, match="No valid Unicode text") as caught:
-        shipped[1].encode("\n\udce9" * 10_000)
+    files["tokenizer.json"]["pre_tokenizer"] = split
+    with pytest.raises(InputError, match="Cannot encode text|No valid Unicode text") as caught:
+        tokenizer_of(tmp_path, files).encode(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-
-
-def test_a_tokenizer_without_tokens_has_size_0(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
-    assert load_tokenizer(tmp_path).size == 0

@@ -3,33 +3,24 @@
 import torch
 import torch.nn.functional as F
 
-from fastdllm import (
-    KEY_STEP,
-    Decoding,
-    attention_bias,
-    attention_mask,
-    block_causal,
-    cache_places,
-    grouped_attention,
-    round_up,
-    window_pass,
-)
+import fastdllm
+from fastdllm import Decoding, attention_bias, attention_mask, block_causal, grouped_attention
 
 
-def run_window(model, tokens, starts, cache, block_size, rows=None):
-    """Hidden states (B, T, D) of tokens (B, T), window i from position `starts[i]` in row `rows[i]`."""
+def run_window(model, tokens, starts, cache, block_size):
+    """Hidden states (B, T, D) of tokens (B, T), window i from position `starts[i]` in row i of the cache."""
     width = tokens.shape[1]
     sees = [[block_causal(i, block_size) for i in range(start, start + width)] for start in starts]
-    return run_sees(model, tokens, starts, cache, sees, rows=rows)
+    return run_sees(model, tokens, starts, cache, sees)
 
 
-def run_sees(model, tokens, starts, cache, sees, decoding=None, has_masks=False, rows=None):
+def run_sees(model, tokens, starts, cache, sees, decoding=None, has_masks=False):
     """The same for windows whose tokens see what `sees` says, a list of `Sees` for each row."""
     width, device = tokens.shape[1], tokens.device
-    places = list(range(len(starts))) if rows is None else rows
-    write, read = cache_places(places, starts, width, round_up(max(starts) + width, KEY_STEP), device)
-    sees = torch.tensor(sees, device=device)
-    return window_pass(model, cache, tokens, sees, write, read, decoding or Decoding(), has_masks)
+    seen = fastdllm.round_up(max(starts) + width, fastdllm.KEY_STEP)
+    write, read = fastdllm.cache_places([*range(len(starts))], starts, width, seen, device)
+    sees, decoding = torch.tensor(sees, device=device), decoding or Decoding()
+    return fastdllm.window_pass(model, cache, tokens, sees, write, read, decoding, has_masks)
 
 
 def masked_forward(model, ids, mask):
