@@ -223,7 +223,7 @@ def answer_all(
     """Answer prompts, and hand `line_of(index, result)` of each to `show`, or write it to the file `target`.
 
     header: all that the lines depend on. Each line of the file ends with `run`, a digest of it, so that the
-    same command finds that the file is complete. A file of another run stays until this one is done.
+    same command finds that the file is complete. Raises InputError for a file that holds anything else.
     Returns the lines, fewer after Ctrl-C, and the seconds, None where an earlier run had begun. Of several
     processes only the first one returns.
     """
@@ -243,6 +243,8 @@ def answer_all(
     there = target.read_bytes().splitlines() if target.exists() else []
     end = json.dumps(run)[1:].encode()
     complete = len(there) == len(prompts) and all(line.endswith(end) for line in there)
+    other = f"{target}: holds something else than the answers of this command"
+    require(complete or not there, f"{other}; remove it, or name another --output.")
     went_on = complete or answer_share(model, prompts, decoding, recorded, target, header)
     if console.RANK > 0:
         sys.exit()

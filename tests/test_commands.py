@@ -433,3 +433,11 @@ def test_trace_page_runs_in_a_browser_and_its_slider_moves(page, tmp_path):
         assert "CONSOLE" not in shown.stderr
         masked.append(len(re.findall(r'class="token[^"]*\bmasked', shown.stdout)))
     assert masked[0] == 0 < masked[1]
+
+
+def test_a_file_that_holds_something_else_is_never_written_over(tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "1 and 2?", "answer": 3}\n')
+    before = problems.read_text()
+    assert "holds something else" in mistake("eval", problems, "--output", problems)
+    assert problems.read_text() == before and list(tmp_path.iterdir()) == [problems]

@@ -301,3 +301,17 @@ def test_presets_are_the_papers_and_options_override_them(monkeypatch):
     CliRunner().invoke(train.main, ["adapt", *flags], catch_exceptions=False)
     names = ("lr", "steps", "batch_size", "seq_len", "warmup", "recompute")
     assert [seen[name] for name in names] == [1e-5, 7, 256, 2048, 500, True]
+
+
+def test_a_model_that_is_there_is_never_trained_over(tmp_path):
+    folder = shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    refused(run(tmp_path, model=folder, out=folder), "holds a model that no run has made here")
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_held_out_data_that_fills_no_row_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "1"}\n')
+    options = {"packing": "original", "heldout": tmp_path / "short.jsonl", "seq-len": 64}
+    refused(run(tmp_path, **options), "does not fill one row of 64")
+    assert not checkpoints(tmp_path / "out")

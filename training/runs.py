@@ -276,6 +276,9 @@ def open_data(
 
     def prepare():
         file, now = out / "run.json", {"content": file_hash(data)} | run
+        results = (out / name for name in ("config.json", "adapter_config.json"))
+        foreign = any(result.exists() for result in results) and not file.exists()
+        require(not foreign, f"{out}: holds a model that no run has made here; take another --out.")
         if checkpoints(out) and file.exists():
             known = read_json(file)
             same = known.get("content") == now["content"]
