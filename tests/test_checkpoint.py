@@ -60,7 +60,7 @@ def refusal(path, device="cpu", dtype="auto"):
     """The one short sentence with which a checkpoint is refused."""
     with pytest.raises(InputError) as caught:
         load(path, device, dtype)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 500
     return str(caught.value)
 
 
@@ -157,6 +157,7 @@ def test_save_writes_what_load_reads_under_the_published_names(golden_models, fo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     original, written = (folder / "model.safetensors" for folder in (folders[name], tmp_path))
     assert load_file(written).keys() == load_file(original).keys()
+    assert written.stat().st_mode == (tmp_path / "config.json").stat().st_mode  # whoever may read
     with safe_open(written, "pt") as weights:
         assert weights.metadata() == {"format": "pt"}  # Transformers refuses files without it
     published = config_of(folders[name]) | {"head_dim": again.config.head_dim}
@@ -232,7 +233,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     ({NORM: torch.zeros(65)}, "model.norm.weight has shape [65], the config asks for [64]."),
     ({NORM: torch.zeros(64).double()}, "model.norm.weight is F64, only F32, BF16 and F16 are loaded."),
     ({NORM: torch.zeros(64).to(torch.float8_e5m2)}, "model.norm.weight is F8_E5M2, only"),
-    ({"extra": torch.zeros(2, dtype=torch.uint8)}, "extra is U8, only"),
+    ({"extra" * 999: torch.zeros(2, dtype=torch.uint8)}, "... is U8, only"),
     ({"extra": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, "extra is F4, only"),
 ])  # fmt: skip
 def test_wrong_tensors_are_named(folder, changes, message):
@@ -312,7 +313,8 @@ def test_what_can_be_refused_is_refused_before_more_is_fetched(folder, hub, ship
     assert not any(name.endswith(".safetensors") for names in hub for name in names)
     edit_config(folder, model_type="gemma3")
     hub.clear()
-    assert "model_type is 'gemma3'" in refusal("somebody/gemma") and hub == [["config.json"]]
+    assert refusal("somebody/gemma").startswith("config.json: model_type is 'gemma3'")
+    assert hub == [["config.json"]]
 
 
 def test_a_near_miss_of_a_path_asks_no_network(hub, monkeypatch):
@@ -325,7 +327,7 @@ def test_a_near_miss_of_a_path_asks_no_network(hub, monkeypatch):
 @pytest.mark.parametrize("error, reason", [
     (LocalEntryNotFoundError("Got: ConnectError\nAn error happened"), "no network"),
     (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-    (TimeoutError(), "TimeoutError"),
+    (RuntimeError(), "RuntimeError"),
 ])  # fmt: skip
 def test_a_hub_that_cannot_be_reached_is_one_short_sentence(monkeypatch, error, reason):
     def fail(*args, **options):
