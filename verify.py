@@ -210,15 +210,16 @@ class Adapter:
     def __init__(self, r: int, alpha: float, draft_width: int | None):
         self.r, self.alpha, self.draft_width = r, alpha, draft_width
         self.masked: Tensor | None = None  # (B, T, 1) bool; None: nowhere
+        self.scale: Tensor | None = None  # alpha / r there, else 0
 
     @contextmanager
     def on(self, masked: Tensor) -> Iterator[None]:
         """Switch the adapter on where `masked` (B or 1, T or 1, 1) says so, for the forward passes inside."""
-        self.masked = masked
+        self.masked, self.scale = masked, masked * (self.alpha / self.r)
         try:
             yield
         finally:
-            self.masked = None
+            self.masked = self.scale = None
 
 
 class AdaptedLinear(nn.Module):
@@ -233,12 +234,11 @@ class AdaptedLinear(nn.Module):
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, masked = self.base(x), self.adapter.masked
-        if masked is None:
+        y, scale = self.base(x), self.adapter.scale
+        if scale is None:
             return y
         dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-        scale = self.adapter.alpha / self.adapter.r
-        low = torch.where(masked, F.linear(x.to(dtype), self.A.to(dtype)) * scale, 0)
+        low = F.linear(x.to(dtype), self.A.to(dtype)) * scale.to(dtype)
         return y + F.linear(low, self.B.to(dtype)).to(y.dtype)
 
 
@@ -289,7 +289,7 @@ def add_adapter(model: Qwen2, r: int, alpha: float, draft_width: int | None = No
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         out_size, in_size = layer.weight.shape
-        A, B = zeros((r, in_size)), zeros((out_size, r))
+        A, B = zeros((r, in_size)), zeros((r, out_size)).t()  # the order that few rows multiply fastest
         setattr(model.get_submodule(parent), own, AdaptedLinear(layer, adapter, A, B))
     row = model.weight.new_zeros(model.config.hidden_size)
     model.model["embed_tokens"] = AdaptedEmbedding(model.model.embed_tokens, adapter, row)
