@@ -15,10 +15,12 @@ Shapes as in `fastdllm.py`; r is the adapter's rank.
 
 import hashlib
 import json
+import math
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +30,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from checkpoint import brief, locate, read_json, replace_file, require_plain, tensor_shapes, write_tensors
-from fastdllm import PIECE, Decoding, Guess, Qwen2, Row, Sees, Step, require, rounds_by_width
+from fastdllm import (
+    PIECE,
+    Decoding,
+    Guess,
+    KVCache,
+    Qwen2,
+    Row,
+    Sees,
+    Step,
+    require,
+    rounds_by_width,
+    run_steps,
+)
 
 # --- Decoding ---
 
@@ -195,6 +209,76 @@ def draft_window(start: int, causal: int, masks: int) -> list[Sees]:
     return sees
 
 
+# --- Choice ---
+# Whether drafts pay depends on the device: on what a wide pass costs beside a pass over one token.
+
+AHEAD_WIDTH = 3  # of drafts ahead: 16 tokens a pass
+TRIAL_ROWS, TRIAL_START, TRIAL_SECONDS = 8, 192, 0.5  # most rows, positions before, for all tries of a pass
+
+
+@torch.inference_mode()
+def time_passes(
+    model: Qwen2, decoding: Verified, windows: Iterable[tuple[int, int]], rows: int, recorded=None
+) -> tuple[dict[tuple[int, int], float], bool]:
+    """Seconds of each pass, the fastest of some tries; and whether a token's bits were the same in all.
+
+    windows: of each pass, the number of known tokens, and of masks behind each of them.
+    """
+    decoding, mask = replace(decoding, temperature=0.0), model.config.mask_token_id
+    layout = {window: draft_window(TRIAL_START, *window) for window in windows}
+    length = TRIAL_START + max(map(len, layout.values()))
+    made = recorded.claim(model, rows, length) if recorded else None
+    cache = made or KVCache(model.config, rows, length, model.weight)
+    seconds, first_guesses, began = dict.fromkeys(layout, math.inf), set(), time.perf_counter()
+    try:
+        while math.inf in seconds.values() or time.perf_counter() - began < TRIAL_SECONDS:
+            for window in (next(iter(layout)), *layout):  # the first pass after loading is slow
+                sees, known = layout[window], window[0]
+                tokens, outputs = [0] * known + [mask] * (len(sees) - known), [*range(len(sees))]
+                positions, draws = [token.position + 1 for token in sees], torch.empty(0)
+                step = Step(
+                    "verify", TRIAL_START, tokens, sees, positions, outputs, draws, 0, width=len(sees)
+                )
+                share = min(rows, decoding.most_rows(model, step) or rows)
+                start = time.perf_counter()
+                guesses = run_steps(model, cache, [*range(share)], [step] * share, decoding, recorded)
+                taken = (time.perf_counter() - start) * math.ceil(rows / share)
+                seconds[window] = min(taken, seconds[window])
+                first_guesses.add(guesses[0][0])
+    finally:
+        if recorded:
+            recorded.release()
+    return seconds, len(first_guesses) == 1
+
+
+def choose_drafts(
+    model: Qwen2, decoding: Verified, rows: int = 1, recorded=None
+) -> tuple[Decoding, float, bool]:
+    """The fastest way on this device to write AR's text: drafts, drafts ahead, or AR itself.
+
+    It follows from a few timed passes over so many rows, and from the adapter's counts of held-out drafts.
+    Returns resolved options; their expected speed in times AR's; and whether a token's bits were the same in
+    passes of all widths. Raises InputError for a model whose adapter has no counts.
+    """
+    adapter, decoding = adapter_of(model), decoding.resolve(model)
+    counts = adapter and adapter.heldout_kept
+    require(counts, "The adapter has no heldout_kept in its adapter_config.json, so nothing can be chosen.")
+    kept = lambda width: sum(min(n, width) * drafts for n, drafts in enumerate(counts)) / sum(counts)
+    width, ahead = decoding.draft_width, min(AHEAD_WIDTH, decoding.draft_width)
+    names = {field.name: getattr(decoding, field.name) for field in fields(Decoding)}
+    # each way with its passes (known tokens, masks behind each), and the tokens that these write
+    ways = [
+        (Decoding(**names).resolve(model), [(1, 0)], 1),
+        (decoding, [(1, width), (width + 1, 0)], 2 + kept(width)),
+        (replace(decoding, draft_width=ahead, draft_ahead=True), [(ahead + 1, ahead)], 1 + kept(ahead)),
+    ]
+    windows = [window for _, passes, _ in ways for window in passes]
+    seconds, same_bits = time_passes(model, decoding, windows, min(rows, TRIAL_ROWS), recorded)
+    speeds = [tokens / sum(seconds[window] for window in passes) for _, passes, tokens in ways]
+    best = next(i for i, speed in enumerate(speeds) if 1.04 * speed >= max(speeds))  # less is noise
+    return ways[best][0], speeds[best] / speeds[0], same_bits
+
+
 # --- Adapter ---
 # A low-rank adapter (LoRA) that is on at masks only: the model learns to draft, and its own predictions stay
 # the same. The folder has PEFT's layout, and the embedding of masks is stored as PEFT stores trained rows.
@@ -209,6 +293,7 @@ class Adapter:
 
     def __init__(self, r: int, alpha: float, draft_width: int | None):
         self.r, self.alpha, self.draft_width = r, alpha, draft_width
+        self.heldout_kept: list[int] = []  # how many held-out drafts kept 0, 1, 2, ... tokens, if known
         self.masked: Tensor | None = None  # (B, T, 1) bool; None: nowhere
         self.scale: Tensor | None = None  # alpha / r there, else 0
 
@@ -369,6 +454,9 @@ def load_adapter(model: Qwen2, path: str | Path) -> Qwen2:
     most = c.max_position_embeddings
     ok = width is None or type(width) is int and 1 <= width <= most
     require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number from 1 to {most}.")
+    kept = raw.get("heldout_kept") or []
+    ok = isinstance(kept, list) and all(type(count) is int and count >= 0 for count in kept)
+    require(ok, f"{folder}: heldout_kept must be a list of counts.")
     found, wanted = tensor_shapes(folder / ADAPTER_WEIGHTS), {MASK_ROW: [1, c.hidden_size]}
     for name, layer in target_layers(model).items():
         out_size, in_size = layer.weight.shape
@@ -384,7 +472,7 @@ def load_adapter(model: Qwen2, path: str | Path) -> Qwen2:
         full = f"{folder}: a mask needs an id that no token has, and all {c.vocab_size} are taken"
         require(mask is not None and mask < c.vocab_size, f"{full}; add a row to the embedding.")
     digest = base_digest(model)
-    add_adapter(model, r, alpha, width)
+    add_adapter(model, r, alpha, width).heldout_kept = kept
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
         for name, tensor in adapter_tensors(model).items():
             tensor.copy_(weights.get_tensor(name))

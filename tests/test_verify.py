@@ -1,14 +1,16 @@
 """Verified drafts: the answer is that of AR decoding, whatever was drafted."""
 
+import copy
 import random
 
 import pytest
 import torch
 from windows import masked_forward, prompt_of, run_sees, run_window
 
-from fast import prepack
+import verify
+from fast import RecordedPasses, prepack
 from fastdllm import Config, Decoding, InputError, KVCache, Qwen2, decode, generate
-from verify import Verified, VerifiedRow, draft_window
+from verify import Verified, VerifiedRow, add_adapter, choose_drafts, draft_window
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +154,55 @@ def test_verified_answers_are_ar_answers_in_bfloat16(wide_model, batch_size, tem
     plain = generate(wide_model, prompts, Decoding(1, **common))
     verified = generate(wide_model, prompts, Verified(draft_width=width, **common))
     assert [r.tokens for r in verified] == [r.tokens for r in plain]
+
+
+def test_a_layer_of_real_shape_gives_the_same_bits_in_windows_of_all_widths():
+    """One layer of Qwen2.5-0.5B: up to 32 tokens may share a pass."""
+    torch.manual_seed(0)
+    config = Config(512, 896, 4864, 1, 14, 2, 64, 512, tokenizer_size=512)
+    model = prepack(Qwen2(config).eval().requires_grad_(False).bfloat16())
+    tokens = torch.randint(512, (1, 96))
+
+    def hidden(width):
+        cache = KVCache(config, 1, 96, model.weight)
+        parts = [(i, tokens[:, i : i + width]) for i in range(0, 96, width)]
+        return torch.cat([run_window(model, part, [i], cache, 1) for i, part in parts], dim=1)
+
+    one = hidden(1)
+    assert all(torch.equal(hidden(width), one) for width in (2, 5, 6, 16, 25, 32))
+
+
+# --- Choice ---
+
+# of each case: seconds of passes by (known tokens, masks behind each), and the way that is chosen
+FLAT = {(1, 0): 1.0, (1, 5): 1.2, (6, 0): 1.1, (4, 3): 1.3}  # wide passes are nearly free
+CASES = [
+    (FLAT, (3, True)),
+    (FLAT | {(4, 3): 2.5}, (5, False)),
+    (FLAT | {(1, 5): 3.0, (6, 0): 3.0, (4, 3): 6.0}, (None, None)),  # a busy or slow processor: AR
+    (FLAT | {(1, 5): 2.3, (6, 0): 2.3, (4, 3): 6.0}, (None, None)),  # a gain of less than noise
+]
+
+
+@pytest.mark.parametrize("seconds, chosen", CASES)
+def test_the_fastest_way_by_timed_passes_is_chosen(untied, monkeypatch, seconds, chosen):
+    model = copy.deepcopy(untied)
+    add_adapter(model, 4, 8.0, 5).heldout_kept = [405, 318, 331, 243, 258, 651]
+    monkeypatch.setattr(verify, "time_passes", lambda *given: (seconds, True))
+    decoding, gain, same_bits = choose_drafts(model, Verified(max_new_tokens=9, temperature=0.5, seed=1))
+    assert (getattr(decoding, "draft_width", None), getattr(decoding, "draft_ahead", None)) == chosen
+    assert (decoding.max_new_tokens, decoding.temperature, decoding.seed) == (9, 0.5, 1)
+    assert gain >= 1 if chosen[0] else (gain == 1 and decoding.block_size == 1)
+    assert same_bits
+
+
+def test_the_choice_is_made_by_passes_that_run(untied):
+    with pytest.raises(InputError, match="no heldout_kept"):
+        choose_drafts(untied, Verified())
+    model = copy.deepcopy(untied).bfloat16()
+    add_adapter(model, 4, 8.0, 5).heldout_kept = [1, 1]
+    for recorded in None, RecordedPasses(model, record=False):
+        decoding, gain, same_bits = choose_drafts(model, Verified(max_new_tokens=9), rows=9, recorded=recorded)
+        assert gain >= 1 and type(same_bits) is bool
+        prompts = [[1, 2, 3], [4, 5]]
+        assert generate(model, prompts, decoding, recorded)[0].finish_reason  # the passes are free again
