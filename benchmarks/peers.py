@@ -1,4 +1,4 @@
-"""Transformers' Qwen2 beside our AR, verified and block decoding: the same weights, prompts and stop tokens.
+"""Transformers and llama.cpp beside our AR, verified and block decoding: the same prompts and stop tokens.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py --model FOLDER --adapter FOLDER --prompts prompts.jsonl --output FILE.jsonl
@@ -13,6 +13,9 @@ two answers at a tie; what follows then differs too.
 Transformers runs as its users run it: `generate`, greedy, with its defaults, on CUDA without cuDNN's
 attention, as ours; it pads on the left. On a CPU our weights are prepacked, so memory holds them twice;
 `--no-prepack` measures ours with Transformers' own tensors.
+
+With `--gguf FILE` llama.cpp (the package xllamacpp) answers the same prompts, one at a time, greedy, with as
+many threads. It gives text; the tokens that are counted are those of that text.
 """
 
 import hashlib
@@ -100,6 +103,32 @@ def theirs(peer, device: torch.device, stop_token_ids: tuple[int, ...]) -> Calla
     return write
 
 
+def llama_cpp(file: Path, tokenizer, stop_token_ids: tuple[int, ...]) -> Callable:
+    """llama.cpp's greedy completion by a GGUF file as a way, on the CPU."""
+    try:
+        from xllamacpp import CommonParams, Server
+    except ImportError:
+        missing = (
+            "xllamacpp is not installed: pip install -r benchmarks/requirements.txt, or leave --gguf out."
+        )
+        raise InputError(missing) from None
+    params = CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(file), 4096, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = Server(params)
+
+    def write(prompts: list[list[int]], count: int) -> tuple[list[list[int]], int]:
+        answers = []
+        for prompt in prompts:
+            wanted = {"prompt": prompt, "max_tokens": count, "temperature": 0, "cache_prompt": False}
+            [choice] = server.handle_completions(wanted)["choices"]
+            ended = choice["finish_reason"] == "stop"
+            answers.append(tokenizer.encode_text(choice["text"]) + list(stop_token_ids[:1]) * ended)
+        return answers, sum(map(len, answers)) - len(answers)
+
+    return write
+
+
 def timed(write: Callable, prompts: list[list[int]], count: int, device: torch.device) -> dict:
     wait(device)
     began = time.perf_counter()
@@ -166,6 +195,7 @@ def ways_of(network: Qwen2, decodings: dict, packed: bool, record: bool, transfo
 )
 @click.option("--ahead", type=console.ListOf(console.COUNT), default=[], help="The same, with --draft-ahead.")
 @click.option("--transformers/--no-transformers", default=True)
+@click.option("--gguf", "ggufs", type=console.FILE, multiple=True, help="For llama.cpp; may be repeated.")
 @click.option("--max-new-tokens", type=console.COUNT, default=128, help="The longest answer.")
 @click.option("--exact", is_flag=True, help="No stop tokens: each answer has --max-new-tokens.")
 @click.option("--output", "target", required=True, type=console.FILE, help="JSONL of the results.")
@@ -173,7 +203,7 @@ def ways_of(network: Qwen2, decodings: dict, packed: bool, record: bool, transfo
 @console.reports_mistakes
 def main(
     model, adapter, device, dtype, packed, threads, record, shape, dtypes, file, prompt_tokens, batches,
-    batch_size, widths, ahead, transformers, max_new_tokens, exact, target, only_summary,
+    batch_size, widths, ahead, transformers, ggufs, max_new_tokens, exact, target, only_summary,
 ):  # fmt: skip
     if only_summary:
         lines = [*files.parse_jsonl(target.read_bytes(), target).values()][1:]
@@ -201,6 +231,10 @@ def main(
         ways |= ways_of(network, decodings, packed, record, transformers)
     count = None if batches is None else batches * batch_size
     longest = decodings["AR"].resolve(network)
+    stop = decodings["AR"].resolve(network).stop_token_ids
+    for path in ggufs:
+        require(tokenizer and batch_size == 1 and not exact, "--gguf needs a --model, and batches of one.")
+        ways[f"{name} llama.cpp, {path.name}"] = llama_cpp(path, tokenizer, stop)
     if file:
         records = dict([*files.read_jsonl(file).items()][:count])
         prompts, records = files.encode_prompts(records, tokenizer, longest, config), [*records.values()]
