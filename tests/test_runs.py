@@ -127,25 +127,39 @@ def test_a_short_run_is_saved_ten_times_and_a_long_one_every_200_steps():
     assert Training(steps=50, save_every=7).saves_every == 7
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_ctrl_c_says_what_the_same_command_goes_on_from(tmp_path, monkeypatch, checkpoint):
+    begun = train.Adaptation.step
+
+    def step(job, rows, number, progress):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return begun(job, rows, number, progress)
+
+    monkeypatch.setattr(train.Adaptation, "step", step)
+    result = run(tmp_path, **({} if checkpoint else {"save-every": 2}))
+    place = checkpoints(tmp_path / "out")[0] if checkpoint else "the start"
+    assert result.exit_code == 130 and f"Interrupted; the same command goes on from {place}." in result.output
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    succeeds(tmp_path, steps=2)
+    succeeds(tmp_path)
     before, losses = train.Adaptation.step, {"diffusion_loss": float("nan")}
     monkeypatch.setattr(train.Adaptation, "step", lambda *given: before(*given) | losses)
-    refused(run(tmp_path, steps=5), "step 3: the loss is NaN", "of its documents are ", "a lower --lr")
+    refused(run(tmp_path, steps=5), "step 3: the loss is NaN", "a lower --lr")
     assert [place.name for place in checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_stays(tmp_path):
     succeeds(tmp_path)
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # like a disk that is full
     line = [sys.executable, ROOT / "train.py", *command(tmp_path, steps=4)]
     full = subprocess.run(line, capture_output=True, text=True, preexec_fn=small)
     assert full.returncode == 2 and "Traceback" not in full.stderr
     assert "cannot be written" in full.stderr and "earlier ones stay" in full.stderr
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
-    succeeds(tmp_path, steps=4)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    names = sorted(os.listdir(tmp_path / "out" / "checkpoints"))
+    assert names == ["step-0000001", "step-0000002"]  # and nothing half written
+    assert "Resuming at step 2." in succeeds(tmp_path, steps=4)
 
 
 # --- What is not its own ---
@@ -169,7 +183,7 @@ def again(finished, tmp_path):
 def test_a_folder_with_another_run_is_refused_and_stays(again, tmp_path):
     out = tmp_path / "out"
     before = (out / "model.safetensors").read_bytes()
-    refused(again(steps=4, seed=1), "holds a run with seed 0, not 1")
+    refused(again(steps=4, seed=1), "holds a run with seed 0, not 1; take another --out")
     refused(again(steps=1), "has done 2 steps, more than --steps 1")
     assert (out / "model.safetensors").read_bytes() == before
     with open(out / "metrics.jsonl", "a") as file:
@@ -188,7 +202,24 @@ def test_a_resumed_run_needs_the_same_data_whatever_its_date(again, tmp_path):
     os.utime(data, (1, 1))
     assert again(steps=3, data=data).exit_code == 0
     data.write_text(data.read_text().replace("7", "8"))
-    refused(again(steps=4, data=data), "holds a run on other data")
+    refused(again(steps=4, data=data), "holds a run with other data, or it has changed")
+
+
+def test_a_resumed_run_needs_the_same_model(tmp_path, shipped):
+    folder = shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path / "model")
+    succeeds(tmp_path, model=folder)
+    shutil.copytree(tmp_path / "out", folder, dirs_exist_ok=True)  # trained further, under the same name
+    refused(run(tmp_path, model=folder, steps=3), "holds a run with another model, or it has changed")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(again, tmp_path):
+    out = tmp_path / "out"
+    left = [out / ".model.safetensors.7.tmp", out / "checkpoints" / ".step-0000003.tmp" / "state.safetensors"]
+    left[1].parent.mkdir()
+    for file in left:
+        file.write_bytes(b"half")
+    assert again(steps=3).exit_code == 0
+    assert not left[0].exists() and not left[1].parent.exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(again, tmp_path):
@@ -201,20 +232,30 @@ def test_a_second_run_in_the_same_folder_is_refused(again, tmp_path):
 
 @pytest.mark.parametrize("damage", ["weights", "header", "checksum", "missing", "empty"])
 def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on(again, tmp_path, damage):
-    bad = checkpoints(tmp_path / "out")[-1]
-    content = bytearray((bad / STATE).read_bytes())
+    first, last = checkpoints(tmp_path / "out")
+    content = bytearray((last / STATE).read_bytes())
     if damage in ("weights", "header"):
         content[7 if damage == "header" else len(content) * 3 // 4] ^= 1
-        (bad / STATE).write_bytes(content)
+        (last / STATE).write_bytes(content)
     elif damage == "checksum":
-        (bad / CHECKSUM).write_bytes(b"\xff")
+        (last / CHECKSUM).write_bytes(b"\xff")
     else:
-        for file in [bad / STATE] if damage == "missing" else bad.iterdir():
+        for file in [last / STATE] if damage == "missing" else last.iterdir():
             file.unlink()
-    refused(again(steps=3), f"{bad}: the checkpoint is damaged", "remove it")
-    shutil.rmtree(bad)
+    refused(again(steps=3), f"{last.name}; remove them, and the run goes on from {first.name}.")
+    shutil.rmtree(last)
     assert "Resuming at step 1." in again(steps=3).output
     assert [record["step"] for record in metrics(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_where_all_checkpoints_are_damaged_the_run_starts_anew(again, tmp_path):
+    first, last = checkpoints(tmp_path / "out")
+    for place in (first, last):
+        (place / CHECKSUM).unlink()
+    both = f"{last.name}, {first.name}; remove them, and the run starts at step 0."
+    refused(again(steps=3), both)
+    shutil.rmtree(first.parent)
+    assert "starting at step 0." in again(steps=3).output
 
 
 def test_the_end_says_where_the_result_is_and_how_to_run_it(again, tmp_path):
@@ -231,13 +272,13 @@ def test_the_end_says_where_the_result_is_and_how_to_run_it(again, tmp_path):
         ({"packing": "original", "seq-len": 1024, "data": "short.jsonl"}, "does not fill one row of 1024"),
         ({"out": "short.jsonl"}, "short.jsonl"),
         ({"data": "."}, "--data"),
-        ({"block-size": 1}, "--block-size 1 is autoregressive"),
-        ({"clip": 0}, "--clip is 0.0, it must be a number from 1e-09 up"),
-        ({"lr": "nan"}, "--lr is nan"),
+        ({"block-size": 1}, "--block-size is 1, it must be at least 2; `train.py ar` trains autoregressive"),
+        ({"clip": 0}, "--clip is 0.0, it must be a positive number"),
+        ({"lr": "nan"}, "--lr is nan, it must be 0 or a positive number"),
         ({"ar-weight": "-1"}, "--ar-weight is -1.0"),
         ({"save-every": 0}, "--save-every is 0"),
-        ({"eval-rows": 3}, "--eval-rows is for held-out data; give --heldout too"),
-        *(({name: 10**20}, f"--{name}") for name in ("steps", "batch-size", "seq-len", "threads", "block-size")),
+        ({"block-size": 10**20}, "no multiple of the block size"),
+        *(({name: 10**20}, f"--{name}") for name in ("steps", "batch-size", "seq-len", "threads")),
     ],
     ids=str,
 )  # fmt: skip
@@ -272,6 +313,14 @@ def test_show_fits_a_screen_counts_padding_and_marks_what_trains(tmp_path):
     refused(CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")]), "no documents")
 
 
+def test_ctrl_c_while_the_program_starts_is_quiet(tmp_path):
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, ROOT / "train.py", "show"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}  # the first import interrupts
+    result = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "")
+
+
 def test_show_ends_quietly_where_nobody_reads_on():
     reader, writer = os.pipe()
     os.close(reader)
@@ -289,6 +338,7 @@ def test_starting_loads_no_compiler_and_no_sharding():
 
 
 def test_every_option_has_help_and_next_token_training_none_of_diffusion():
+    assert CliRunner().invoke(train.main, ["--version"]).output.startswith("fastdllm, version ")
     options = {name: {p.name: p.help for p in c.params} for name, c in train.main.commands.items()}
     assert options["adapt"].keys() - options["ar"] == {"preset", "block_size", "ar_weight"}
     assert all(help for command in options.values() for help in command.values())

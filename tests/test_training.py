@@ -329,7 +329,7 @@ def job(tmp_path, shipped):
     """Makes an adaptation of a fresh copy of the shipped checkpoint, on few problems."""
     lines = [{"question": f"{n} and {n}?" * (n % 5 + 1), "answer": f"{n + n}"} for n in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    corpus = Corpus.prepare(tmp_path / "data.jsonl", shipped[1], tmp_path / "tokens")
+    corpus = Corpus.read(tmp_path / "data.jsonl", shipped[1], None, "refuse")
 
     def make(device="cpu", **changed):
         settings = {"seq_len": 64, "batch_size": 4, "compute": "float32", "steps": 3, "lr": 1e-3, "warmup": 0}
@@ -357,8 +357,9 @@ def test_a_step_trains_by_the_two_losses_of_its_rows(job):
     made = job(batch_size=2, micro_batch=1)
     rows = [row for _, row in zip(range(2), made.rows())]
     losses = made.step(rows, 5, lambda rows: None)
-    batch = noisy_batch(made.corpus, rows, [[0, 5, 0], [0, 5, 1]], made.pad, 32, made.settings)
-    model, (tokens, trainable, documents, masked) = made.whole.model, batch
+    seeds, model = [[0, 5, 0], [0, 5, 1]], made.whole.model
+    batch = noisy_batch(made.corpus, rows, seeds, made.pad, 32, made.settings)
+    tokens, trainable, documents, masked = batch
     expected = training_loss(model, tokens, trainable, 32, masked, documents)
     other = next_token_loss(model, tokens, trainable, documents)
     assert losses == pytest.approx({"diffusion_loss": expected.item(), "ar_loss": other.item()}, rel=1e-5)
@@ -369,9 +370,9 @@ def test_a_step_trains_by_the_two_losses_of_its_rows(job):
 def test_a_row_draws_its_own_noise_whichever_process_runs_it(job):
     made = job()
     rows, seeds = [row for _, row in zip(range(3), made.rows())], [[0, 5, i] for i in range(3)]
-    whole = noisy_batch(made.corpus, rows, seeds, 0, 32, made.settings)
-    part = noisy_batch(made.corpus, rows[1:], seeds[1:], 0, 32, made.settings)
-    assert torch.equal(part.masked, whole.masked[1:]) and not torch.equal(whole.masked[0], whole.masked[1])
+    *_, whole = noisy_batch(made.corpus, rows, seeds, 0, 32, made.settings)
+    *_, part = noisy_batch(made.corpus, rows[1:], seeds[1:], 0, 32, made.settings)
+    assert torch.equal(part, whole[1:]) and not torch.equal(whole[0], whole[1])
 
 
 def test_learning_rate_warms_up_and_stays_or_falls():
