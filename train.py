@@ -158,10 +158,8 @@ def training_loss(
     """
     size, mask_id = block_size or model.config.block_size, model.config.mask_token_id
     L, move = tokens.shape[1], partial(to_device, device=model.weight.device)
-    has_mask = mask_id is not None
-    require(has_mask, "The model has no mask token; give its config a mask_token_id inside the embedding.")
-    ok = L % size == 0
-    require(ok, f"The rows have {L} positions, no multiple of the block size {size}; pad them with masks.")
+    require(mask_id is not None, "The model has no mask token; its config needs a mask_token_id.")
+    require(L % size == 0, f"The rows have {L} positions, no multiple of the block size {size}; pad them.")
 
     masked = complementary_noise(trainable, size) if masked is None else masked & trainable
     views = noisy_views(trainable, masked)  # (B, V, L)

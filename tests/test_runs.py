@@ -101,24 +101,16 @@ def test_two_processes_train_like_one_and_resume_each_others_runs(tmp_path):
 
 
 def test_a_run_on_a_device_goes_on_in_bfloat16_with_recomputation(tmp_path, device):
-    run = partial(succeeds, tmp_path, "--recompute", device=device, compute="bfloat16")
-    run = partial(run, heldout=tmp_path / "data.jsonl", **{"eval-every": 2, "eval-rows": 2})
-    run(steps=2)
-    run(steps=4)
-    records = metrics(tmp_path / "out")
+    out, options = tmp_path / "out", {"eval-every": 2, "eval-rows": 2, "keep": 2}
+    for steps in (2, 4):
+        options |= {"device": device, "compute": "bfloat16", "heldout": tmp_path / "data.jsonl"}
+        succeeds(tmp_path, "--recompute", steps=steps, **options)
+    records = metrics(out)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
-
-
-def test_held_out_data_is_looked_at_and_checkpoints_are_few(tmp_path):
-    options = {"heldout": tmp_path / "data.jsonl", "eval-every": 2, "eval-rows": 8, "keep": 2}
-    succeeds(tmp_path, steps=4, **options)
-    records = metrics(tmp_path / "out")
-    looks = [record["step"] for record in records if "heldout_diffusion_loss" in record]
-    assert looks == [2, 4] and records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
-    places = checkpoints(tmp_path / "out")
-    assert [place.name for place in places] == ["step-0000003", "step-0000004"]
-    files = {file.name for place in places for file in place.iterdir()}
+    looks = {record["step"]: record.get("heldout_diffusion_loss") for record in records}
+    assert looks[1] is looks[3] is None and looks[4] < looks[2]
+    assert [place.name for place in checkpoints(out)] == ["step-0000003", "step-0000004"]
+    files = {file.name for place in checkpoints(out) for file in place.iterdir()}
     assert files == {"state.safetensors", "state.sha256"}  # nothing that could run as code
 
 
@@ -230,36 +222,26 @@ def test_a_second_run_in_the_same_folder_is_refused(again, tmp_path):
     assert again(steps=3).exit_code == 0
 
 
-@pytest.mark.parametrize("damage", ["weights", "header", "checksum", "missing", "empty"])
+@pytest.mark.parametrize("damage", ["weights", "header", "checksum", "missing", "empty", "all"])
 def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on(again, tmp_path, damage):
-    first, last = checkpoints(tmp_path / "out")
-    content = bytearray((last / STATE).read_bytes())
+    places = checkpoints(tmp_path / "out")
+    bad, then = places[1:], "goes on from step-0000001"
+    content = bytearray((bad[0] / STATE).read_bytes())
     if damage in ("weights", "header"):
         content[7 if damage == "header" else len(content) * 3 // 4] ^= 1
-        (last / STATE).write_bytes(content)
+        (bad[0] / STATE).write_bytes(content)
     elif damage == "checksum":
-        (last / CHECKSUM).write_bytes(b"\xff")
+        (bad[0] / CHECKSUM).write_bytes(b"\xff")
     else:
-        for file in [last / STATE] if damage == "missing" else last.iterdir():
+        bad, then = (places, "starts at step 0") if damage == "all" else (bad, then)
+        for file in [place / STATE for place in bad] if damage != "empty" else bad[0].iterdir():
             file.unlink()
-    refused(again(steps=3), f"{last.name}; remove them, and the run goes on from {first.name}.")
-    shutil.rmtree(last)
-    assert "Resuming at step 1." in again(steps=3).output
+    names = ", ".join(place.name for place in reversed(bad))
+    refused(again(steps=3), f"{names}; remove them, and the run {then}.")
+    for place in bad:
+        shutil.rmtree(place)
+    assert ("starting at step 0." if damage == "all" else "Resuming at step 1.") in again(steps=3).output
     assert [record["step"] for record in metrics(tmp_path / "out")] == [1, 2, 3]
-
-
-def test_where_all_checkpoints_are_damaged_the_run_starts_anew(again, tmp_path):
-    first, last = checkpoints(tmp_path / "out")
-    for place in (first, last):
-        (place / CHECKSUM).unlink()
-    both = f"{last.name}, {first.name}; remove them, and the run starts at step 0."
-    refused(again(steps=3), both)
-    shutil.rmtree(first.parent)
-    assert "starting at step 0." in again(steps=3).output
-
-
-def test_the_end_says_where_the_result_is_and_how_to_run_it(again, tmp_path):
-    assert f"python cli.py generate --model {tmp_path / 'out'}" in again().output
 
 
 @pytest.mark.parametrize(
@@ -273,12 +255,9 @@ def test_the_end_says_where_the_result_is_and_how_to_run_it(again, tmp_path):
         ({"out": "short.jsonl"}, "short.jsonl"),
         ({"data": "."}, "--data"),
         ({"block-size": 1}, "--block-size is 1, it must be at least 2; `train.py ar` trains autoregressive"),
-        ({"clip": 0}, "--clip is 0.0, it must be a positive number"),
         ({"lr": "nan"}, "--lr is nan, it must be 0 or a positive number"),
-        ({"ar-weight": "-1"}, "--ar-weight is -1.0"),
-        ({"save-every": 0}, "--save-every is 0"),
-        ({"block-size": 10**20}, "no multiple of the block size"),
-        *(({name: 10**20}, f"--{name}") for name in ("steps", "batch-size", "seq-len", "threads")),
+        ({"steps": 10**20}, "--steps"),
+        ({"packing": "original", "heldout": "short.jsonl", "seq-len": 64}, "does not fill one row of 64"),
     ],
     ids=str,
 )  # fmt: skip
@@ -358,10 +337,3 @@ def test_a_model_that_is_there_is_never_trained_over(tmp_path):
     before = (folder / "model.safetensors").read_bytes()
     refused(run(tmp_path, model=folder, out=folder), "holds a model that no run has made here")
     assert (folder / "model.safetensors").read_bytes() == before
-
-
-def test_held_out_data_that_fills_no_row_is_refused_before_the_first_step(tmp_path):
-    (tmp_path / "short.jsonl").write_text('{"text": "1"}\n')
-    options = {"packing": "original", "heldout": tmp_path / "short.jsonl", "seq-len": 64}
-    refused(run(tmp_path, **options), "does not fill one row of 64")
-    assert not checkpoints(tmp_path / "out")

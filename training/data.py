@@ -272,8 +272,8 @@ class Corpus:
         with suppress(OSError, SafetensorError), safe_open(file, "np") as old:  # may be missing or damaged
             if old.get_tensor("made_of").tobytes() == digest:
                 return cls.open(file)
-        arrays = vars(cls.read(data, tokenizer, mask, broken)) | {"made_of": np.frombuffer(digest, np.uint8)}
-        write_tensors(file, {name: torch.tensor(array) for name, array in arrays.items()})
+        arrays = vars(cls.read(data, tokenizer, mask, broken)) | {"made_of": np.array([*digest], np.uint8)}
+        write_tensors(file, {name: torch.from_numpy(array) for name, array in arrays.items()})
         return cls.open(file)
 
 

@@ -29,7 +29,7 @@ from fast import avoid_cudnn_attention
 from fastdllm import PIECE, Qwen2, require, round_up
 from training import runs
 from training.attention import causal_attention, plain_attention
-from training.data import Corpus, Piece, with_mask_token
+from training.data import Corpus, with_mask_token
 from training.runs import RunSettings, lasting, rank, run_options, world_size
 from verify import adapted_layers, adapter_of, add_adapter, base_digest, load_adapter, save_adapter
 
@@ -76,17 +76,17 @@ def anchors_of(trainable: np.ndarray) -> np.ndarray:
     return np.flatnonzero(trainable[2:] & trainable[1:-1])
 
 
-def endless_groups(corpus: Corpus, anchors: int, width: int, seed: int) -> Iterator[list[Piece]]:
-    """Rows in a random order. A row is `anchors` groups of masks in one document, each group a piece.
+def endless_groups(corpus: Corpus, anchors: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows in a random order. A row is a document and so many `anchors` in it.
 
-    Every group comes once an epoch. Where a document has too few groups left for a row, some are repeated.
+    Every anchor comes once an epoch. Where a document has too few left for a row, some are repeated.
     """
     for epoch in count():
         rng, rows = np.random.default_rng([seed, epoch]), []
         for document in range(len(corpus.lengths)):
             at = rng.permutation(anchors_of(corpus.piece(document)[1]))
             for part in np.resize(at, round_up(len(at), anchors)).reshape(-1, anchors).tolist():
-                rows.append([(document, a + 1, a + 1 + width) for a in part])
+                rows.append((document, part))
         require(rows, "No document has two trainable tokens in a row, so there is nothing to draft.")
         yield from (rows[i] for i in rng.permutation(len(rows)))
 
@@ -266,22 +266,21 @@ class Drafts:
         fixed = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
         self.optimizer = torch.optim.AdamW(self.trained.values(), settings.lr, **fixed)
 
-    def rows(self) -> Iterator[list[Piece]]:
-        return endless_groups(self.corpus, self.settings.anchors, self.settings.width, self.settings.seed)
+    def rows(self) -> Iterator[tuple[int, list[int]]]:
+        return endless_groups(self.corpus, self.settings.anchors, self.settings.seed)
 
-    def batch(self, rows: list[list[Piece]], number: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    def batch(self, rows: list, number: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
         """This process's share of a step: documents, anchors (B, G), targets (B, G, w), other tokens."""
         share = len(rows) // world_size()
         # sorted by document, so that a process needs the keys and values of few documents
-        mine = sorted(rows)[rank() * share : (rank() + 1) * share]
-        documents = [row[0][0] for row in mine]
-        anchors = torch.tensor([[start - 1 for _, start, _ in row] for row in mine], device=self.device)
+        documents, anchors = zip(*sorted(rows)[rank() * share : (rank() + 1) * share])
+        anchors = torch.tensor(anchors, device=self.device)
         tokens = (self.known.targets(document) for document in documents)
         targets = torch.stack([draft_targets(*pair, self.settings.width) for pair in zip(tokens, anchors)])
         picked = np.random.default_rng([self.settings.seed, number]).permutation(len(self.rest))[:OTHERS]
         return documents, anchors, targets, self.rest[torch.from_numpy(picked).to(self.device)]
 
-    def step(self, rows: list[list[Piece]], number: int, progress: Callable) -> dict[str, float]:
+    def step(self, rows: list, number: int, progress: Callable) -> dict[str, float]:
         """The loss, and the drafts kept of a group; gradients as if one process had run all rows."""
         documents, anchors, targets, others = self.batch(rows, number)
         known = {document: self.known[document] for document in set(documents)}

@@ -328,28 +328,25 @@ def save_checkpoint(out: Path, job: "Job", step: int) -> None:
     wait_for_all()
 
 
+def is_damaged(place: Path) -> bool:
+    with suppress(OSError, UnicodeDecodeError):
+        return (place / CHECKSUM).read_text() != file_hash(place / STATE)
+    return True
+
+
 def load_checkpoint(out: Path, job: "Job") -> int:
     """Take up the last checkpoint; the number of steps that were done then, or 0.
 
     Raises InputError where it is damaged, or of another model.
     """
     places = checkpoints(out)
+    damaged = [place.name for place in takewhile(is_damaged, reversed(places))]
+    before = places[: len(places) - len(damaged)]
+    then = f"goes on from {before[-1].name}" if before else "starts at step 0"
+    where = f"damaged checkpoints in {out / 'checkpoints'}: {', '.join(damaged)}"
+    require(not damaged, f"There are {where}; remove them, and the run {then}.")
     if not places:
         return 0
-
-    def is_damaged(place: Path) -> bool:
-        with suppress(OSError, UnicodeDecodeError):
-            return (place / CHECKSUM).read_text() != file_hash(place / STATE)
-        return True
-
-    def check():
-        damaged = [place.name for place in takewhile(is_damaged, reversed(places))]
-        whole = places[: len(places) - len(damaged)]
-        then = f"goes on from {whole[-1].name}" if whole else "starts at step 0"
-        where = f"damaged checkpoints in {out / 'checkpoints'}: {', '.join(damaged)}"
-        require(not damaged, f"There are {where}; remove them, and the run {then}.")
-
-    first_process(check)
     place, tensors = places[-1], state_tensors(job)
     with safe_open(place / STATE, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
@@ -375,7 +372,7 @@ class Job(Protocol):
     trained: dict[str, Tensor]  # parameters by name
     optimizer: torch.optim.Optimizer
     row_tokens: int  # positions of a row
-    rows: Callable  # () -> Iterator[list[Piece]]: of the training data, without an end, in a seeded order
+    rows: Callable  # () -> an iterator over rows of the data, without an end, in a seeded order
     step: Callable  # (rows, number, progress) -> losses, with gradients left; progress(rows that have run)
     evaluate: Callable  # () -> losses on held-out data, {} where there is none
 
