@@ -371,12 +371,12 @@ class Adaptation:
         [count] = runs.total([targets], self.device)  # of all processes
         sums = dict.fromkeys(self.weights, 0.0)
         for tokens, trainable, documents, masked in parts:
-            row = {"tokens": tokens, "trainable": trainable, "documents": documents, "count": count}
+            given = {"tokens": tokens, "trainable": trainable, "documents": documents, "count": count}
             for kind, weight in self.weights.items():
                 if kind == "ar":
-                    loss = self.whole(next_token_loss, **row)
+                    loss = self.whole(next_token_loss, **given)
                 else:
-                    loss = self.whole(training_loss, **row, block_size=self.size, masked=masked)
+                    loss = self.whole(training_loss, **given, block_size=self.size, masked=masked)
                 sums[kind] += loss.detach()
                 if loss.requires_grad:
                     # FSDP2 averages gradients over processes, but the loss is their sum
@@ -414,9 +414,7 @@ def adapted(tokenizer: Tokenizer, config: Config, block_size: int | None = None)
 
     It defaults to the checkpoint's, and to the paper's 32 for an AR model.
     """
-    least = (
-        f"--block-size is {block_size}, it must be at least 2; `train.py ar` trains autoregressive models."
-    )
+    least = f"--block-size is {block_size}, it must be at least 2; `train.py ar` trains AR models."
     require(block_size is None or block_size > 1, least)
     tokenizer, config = with_mask_token(tokenizer, config)
     trained = config.block_size if config.block_size > 1 else 32
@@ -451,9 +449,9 @@ def show(corpus: Corpus, tokenizer: Tokenizer, config: Config, settings: Trainin
     require(targets.any(), f"Row {row} has nothing that trains; show another --row.")
     text = token_texts(tokenizer, tokens[0].tolist())
     mask = tokenizer.decode([mask_id], skip_special_tokens=False)
-    others = "are hidden from" if settings.packing == "documents" else "see"
-    yield f"Row {row}: {L} positions in blocks of {size}, {targets.sum()} targets"
-    yield f"{len(pieces)} documents, which {others} each other"
+    apart = "hidden from" if settings.packing == "documents" else "visible to"
+    yield f"Row {row}: {L} positions in blocks of {size}; targets: {targets.sum()}"
+    yield f"Documents: {len(pieces)}, {apart} each other"
     padding = lambda found: f" [padding x {len(found[0]) // len(mask)}]"
     legible = lambda words: re.sub(f"({re.escape(mask)})+", padding, "".join(words))
     yield "\nclean; what trains stands in [[ ]]:"

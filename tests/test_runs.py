@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on(again, t
         ({"packing": "original", "seq-len": 1024, "data": "short.jsonl"}, "does not fill one row of 1024"),
         ({"out": "short.jsonl"}, "short.jsonl"),
         ({"data": "."}, "--data"),
-        ({"block-size": 1}, "--block-size is 1, it must be at least 2; `train.py ar` trains autoregressive"),
+        ({"block-size": 1}, "--block-size is 1, it must be at least 2; `train.py ar` trains AR models"),
         ({"lr": "nan"}, "--lr is nan, it must be 0 or a positive number"),
         ({"steps": 10**20}, "--steps"),
         ({"packing": "original", "heldout": "short.jsonl", "seq-len": 64}, "does not fill one row of 64"),
@@ -270,26 +270,19 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, options, sentence):
 # --- Command line ---
 
 
-def test_show_prints_a_row_as_it_trains():
-    lines = CliRunner().invoke(train.main, ["show"]).output.splitlines()
-    table = [line.split() for line in lines if "output" in line and "of view" in line]
-    assert table
-    for position, output in ((line[0], line[line.index("output") + 1]) for line in table):
-        assert int(output) == int(position) - 1  # token shift
-    views = [{line[0] for line in table if line[-1] == view} for view in "12"]
-    assert not views[0] & views[1]  # the complement
-
-
-def test_show_fits_a_screen_counts_padding_and_marks_what_trains(tmp_path):
-    said = "Mia has 3 books."
+def test_show_prints_a_row_as_it_trains_on_a_screen(tmp_path):
+    path, said = tmp_path / "data.jsonl", "Mia has 3 books."
     record = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": said}]}
-    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
-    shown = CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")]).output
+    path.write_text(json.dumps(record) + "\n")
+    shown = CliRunner().invoke(train.main, ["show", "--data", str(path)]).output
     assert "Row 0: 192 positions" in shown and " [padding x " in shown and f"[[{said}<|im_end|>" in shown
-    views = shown.partition("The block of positions")[0]
-    assert "|<MASK>|" not in views and len(shown.splitlines()) < 120
-    (tmp_path / "data.jsonl").write_text("{\n")
-    refused(CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")]), "no documents")
+    assert "|<MASK>|" not in shown.partition("The block of positions")[0] and len(shown.splitlines()) < 120
+    table = [line.split() for line in shown.splitlines() if "output" in line and "of view" in line]
+    predicted = {view: {int(line[0]) for line in table if line[-1] == view} for view in "12"}
+    assert predicted["1"] and predicted["2"] and not predicted["1"] & predicted["2"]  # the complement
+    assert all(int(line[line.index("output") + 1]) == int(line[0]) - 1 for line in table)  # token shift
+    path.write_text("{\n")
+    refused(CliRunner().invoke(train.main, ["show", "--data", str(path)]), "no documents")
 
 
 def test_ctrl_c_while_the_program_starts_is_quiet(tmp_path):

@@ -215,22 +215,6 @@ def test_every_trainable_token_is_a_target_exactly_once(models, rng, monkeypatch
     assert training_loss(model, tokens, trainable & False) == 0
 
 
-def test_one_clean_copy_for_two_views_equals_two_passes_of_view_and_clean(models, rng):
-    model = models["tied"]
-    (tokens, trainable), size, L = example(rng), 8, 24
-    masked = complementary_noise(trainable, size, rng)
-    total = 0
-    for view in (masked, trainable & ~masked):
-        noisy = tokens.masked_fill(view, model.config.mask_token_id)
-        hidden = model(torch.cat([noisy, tokens], 1), torch.arange(L).repeat(2)[None], dense(model, L, size))
-        logits = model.logits(hidden[:, : L - 1])[view[:, 1:]]
-        total = total + F.cross_entropy(logits, tokens[:, 1:][view[:, 1:]], reduction="sum")
-    expected, loss = total / trainable[:, 1:].sum(), training_loss(model, tokens, trainable, masked=masked)
-    torch.testing.assert_close(loss, expected)
-    got = gradients_of(model, loss)
-    torch.testing.assert_close(got, gradients_of(model, expected), atol=1e-4, rtol=1e-3)
-
-
 @torch.inference_mode()
 def test_training_forward_equals_the_windows_of_decoding(golden_models, rng):
     model, size, L = golden_models["tied"], 8, 24

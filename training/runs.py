@@ -130,8 +130,7 @@ def wait_for_all() -> None:
 def first_process(work: Callable[[], None]) -> None:
     """Run long work in the first process while the others wait; its mistakes are raised in all of them."""
     if not dist.is_initialized():
-        work()
-        return
+        return work()
     problem = [None]
     # this group waits up to a day; the main group keeps its 30 minutes, so a hanging step still fails soon
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -204,8 +203,7 @@ def distribute(model: Qwen2, compute: torch.dtype, recompute: bool) -> Whole:
     """Ready to train, with float32 weights; of several processes each has a share of them (FSDP2).
 
     Several processes have weights and activations in the `compute` dtype; one has float32 weights, and only
-    matrix products are in `compute`.
-    With `recompute` only the layers' inputs are kept for the backward pass.
+    matrix products are in `compute`. With `recompute` only the layers' inputs are kept for the backward pass.
     """
     whole, layers = Whole(model, compute), model.model.layers
     if recompute:
