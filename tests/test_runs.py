@@ -184,7 +184,8 @@ def test_a_folder_with_another_run_is_refused_and_stays(again, tmp_path):
 
 
 def test_a_cosine_ends_where_its_steps_end(tmp_path):
-    succeeds(tmp_path, schedule="cosine", steps=1)
+    said = succeeds(tmp_path, schedule="cosine", steps=1)
+    assert "--warmup 4 is more than --steps 1: the rate never reaches --lr." in said
     longer = run(tmp_path, schedule="cosine", steps=2)  # its rates would be others from the start
     refused(longer, "holds a run with steps 1, not 2")
 
