@@ -14,6 +14,12 @@ is packed with whole documents. An input is a row's noisy views and its clean co
 T = (V + 1) L.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import math
 import re
 import shlex
@@ -23,7 +29,6 @@ from functools import cache, partial
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import numpy as np
@@ -33,14 +38,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import DTYPES, Tokenizer, load, read_checkpoint, save
-from commands.console import HELP_OPTIONS, SHIPPED, Commands, reports_mistakes, say
+from commands.console import HELP_OPTIONS, SHIPPED, VERSION, Commands, options, reports_mistakes, say
 from commands.terminal import token_texts
-from fastdllm import Qwen2, attention_bias, grouped_attention, require, round_up
+from fastdllm import Config, Qwen2, attention_bias, grouped_attention, require, round_up
 from training import runs
 from training.attention import blockwise_attention, can_compile, sparse_attention, sparse_mask
-from training.data import PACKINGS, Corpus, Piece, endless_rows, lay_out, read_documents, with_mask_token
+from training.data import PACKINGS, Corpus, Piece, endless_rows, lay_out, with_mask_token
 from training.drafts import draft
-from training.runs import FILE, RunSettings, option, require_numbers, run_options
+from training.runs import FILE, RunSettings, lasting, run_options
 
 # --- Noise ---
 
@@ -84,11 +89,7 @@ def visibility(length: int, block_size: int, views: int = 1, documents: Tensor |
 
 
 def training_mask(
-    length: int,
-    block_size: int,
-    views: int = 1,
-    documents: Tensor | None = None,
-    device: torch.device | None = None,
+    length: int, block_size: int, views: int = 1, documents: Tensor | None = None, device: str = "cpu"
 ) -> Tensor:
     """`visibility` as a bool tensor (T, T), or with documents (B, T, T): the dense reference."""
     index = torch.arange((views + 1) * length, device=device)
@@ -157,10 +158,8 @@ def training_loss(
     """
     size, mask_id = block_size or model.config.block_size, model.config.mask_token_id
     L, move = tokens.shape[1], partial(to_device, device=model.weight.device)
-    has_mask = mask_id is not None
-    require(has_mask, "The model has no mask token; give its config a mask_token_id inside the embedding.")
-    ok = L % size == 0
-    require(ok, f"The rows have {L} positions, no multiple of the block size {size}; pad them with masks.")
+    require(mask_id is not None, "The model has no mask token; its config needs a mask_token_id.")
+    require(L % size == 0, f"The rows have {L} positions, no multiple of the block size {size}; pad them.")
 
     masked = complementary_noise(trainable, size) if masked is None else masked & trainable
     views = noisy_views(trainable, masked)  # (B, V, L)
@@ -266,8 +265,6 @@ class Training(RunSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        require_numbers(self, 1, "seq_len", "micro_batch")
-        require_numbers(self, 0, "weight_decay", "ar_weight")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             ok = value in choices or name == "compute" and value is None
@@ -295,33 +292,27 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def check_length(seq_len: int, block_size: int, most: int) -> None:
+def check_length(seq_len: int, config: Config) -> None:
     """Raises InputError for a row's length that the model or the blocks do not allow."""
-    ok = seq_len % block_size == 0
-    require(ok, f"--seq-len {seq_len} is no multiple of the block size {block_size}.")
+    size, most = config.block_size, config.max_position_embeddings
+    require(seq_len % size == 0, f"--seq-len {seq_len} is no multiple of the block size {size}.")
     require(seq_len <= most, f"--seq-len {seq_len} is more than the model's {most} positions.")
 
 
 # --- A step ---
 
 
-class Batch(NamedTuple):
-    """Rows on the CPU, each field (B, L)."""
-
-    tokens: Tensor
-    trainable: Tensor
-    documents: Tensor
-    masked: Tensor  # what view 1 hides
-
-
 def noisy_batch(
     corpus: Corpus, rows: list[list[Piece]], seeds: list[list[int]], pad: int, size: int, settings: Training
-) -> Batch:
-    """Rows with their noise, each row's from its own seed, so that any process may run the row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, trainable, documents and what view 1 hides, each (B, L) and on the CPU.
+
+    Each row's noise has its own seed, so that any process may run the row.
+    """
     clean = lay_out(corpus, rows, settings.seq_len, pad, settings.packing == "documents")
     generators = [torch.Generator().manual_seed(int(np.random.default_rng(s).integers(2**63))) for s in seeds]
     noise = [complementary_noise(row[None], size, g) for row, g in zip(clean[1], generators)]
-    return Batch(*clean, torch.cat(noise))
+    return *clean, torch.cat(noise)
 
 
 class Adaptation:
@@ -376,12 +367,16 @@ class Adaptation:
             seeds = [[*seed, number] for number in numbers]
             parts.append(noisy_batch(corpus, part, seeds, self.pad, self.size, settings))
         # one count serves both losses: a target is masked in one of the views, and it is one next token
-        targets = sum(int(targets_of(part.trainable, part.documents).sum()) for part in parts)
+        targets = sum(int(targets_of(trainable, documents).sum()) for _, trainable, documents, _ in parts)
         [count] = runs.total([targets], self.device)  # of all processes
         sums = dict.fromkeys(self.weights, 0.0)
-        for part in parts:
+        for tokens, trainable, documents, masked in parts:
+            given = {"tokens": tokens, "trainable": trainable, "documents": documents, "count": count}
             for kind, weight in self.weights.items():
-                loss = self.loss(kind, part, count)
+                if kind == "ar":
+                    loss = self.whole(next_token_loss, **given)
+                else:
+                    loss = self.whole(training_loss, **given, block_size=self.size, masked=masked)
                 sums[kind] += loss.detach()
                 if loss.requires_grad:
                     # FSDP2 averages gradients over processes, but the loss is their sum
@@ -389,13 +384,6 @@ class Adaptation:
             progress(self.share)
         sums = runs.total([float(loss) for loss in sums.values()], self.device)
         return {f"{kind}_loss": loss for kind, loss in zip(self.weights, sums)}
-
-    def loss(self, kind: str, part: Batch, count: float) -> Tensor:
-        """A micro-batch's part of the loss of a step with `count` targets."""
-        tokens, trainable, documents, masked = part
-        if kind == "ar":
-            return self.whole(next_token_loss, tokens, trainable, documents, count=count)
-        return self.whole(training_loss, tokens, trainable, self.size, masked, documents, count=count)
 
 
 # --- The model before and after ---
@@ -421,9 +409,16 @@ def initial_model(folder: str, from_scratch: bool, device: str, seed: int) -> tu
     return model.train(), tokenizer
 
 
-def block_size_of(wanted: int | None, trained: int) -> int:
-    """The diffusion block to adapt to: what was asked for, the checkpoint's, or the paper's 32."""
-    return wanted or (trained if trained > 1 else 32)
+def adapted(tokenizer: Tokenizer, config: Config, block_size: int | None = None) -> tuple[Tokenizer, Config]:
+    """Those of the adapted model: with a mask token, and with the block size that was asked for.
+
+    It defaults to the checkpoint's, and to the paper's 32 for an AR model.
+    """
+    least = f"--block-size is {block_size}, it must be at least 2; `train.py ar` trains AR models."
+    require(block_size is None or block_size > 1, least)
+    tokenizer, config = with_mask_token(tokenizer, config)
+    trained = config.block_size if config.block_size > 1 else 32
+    return tokenizer, replace(config, block_size=block_size or trained)
 
 
 def save_result(out: Path, job: Adaptation, model: Qwen2, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
@@ -438,30 +433,29 @@ def save_result(out: Path, job: Adaptation, model: Qwen2, tokenizer: Tokenizer, 
         save(result, tokenizer, out)
         line = shlex.join(["python", "cli.py", "generate", "--model", str(out)])
         click.echo(f"The result is in {out}; try it: {line}", err=True)
-    runs.wait_for_all()
 
 
 # --- Show ---
 
 
-def show(corpus: Corpus, tokenizer: Tokenizer, size: int, settings: Training, row: int) -> Iterator[str]:
+def show(corpus: Corpus, tokenizer: Tokenizer, config: Config, settings: Training, row: int) -> Iterator[str]:
     """Lines that show a packed row: what trains, its views, what each output predicts, and its mask."""
-    L, mask_id, separate = settings.seq_len, tokenizer.id("|<MASK>|"), settings.packing == "documents"
+    L, size, mask_id = settings.seq_len, config.block_size, config.mask_token_id
     rows = endless_rows(corpus.lengths, L, size, settings.packing, seed=settings.seed)
     pieces = next(islice(rows, row, None))
     batch = noisy_batch(corpus, [pieces], [[settings.seed, 0, row]], mask_id, size, settings)
-    views = noisy_views(batch.trainable, batch.masked)[0]
-    targets = targets_of(batch.trainable, batch.documents)[0]
+    tokens, trainable, documents, masked = batch
+    views, targets = noisy_views(trainable, masked)[0], targets_of(trainable, documents)[0]
     require(targets.any(), f"Row {row} has nothing that trains; show another --row.")
-    text = token_texts(tokenizer, batch.tokens[0].tolist())
-    yield f"Row {row}: {L} positions in blocks of {size}, {targets.sum()} targets"
-    ends = np.cumsum([stop - start for _, start, stop in pieces]).tolist()
-    parts = ", ".join(f"{begin}-{end - 1}" for begin, end in zip([0, *ends], ends))
-    yield f"Documents, kept separate, at positions {parts}" if separate else "Documents see each other"
-    padding = lambda found: f" [padding x {len(found[0]) // len('|<MASK>|')}]"
-    legible = lambda words: re.sub(r"(\|<MASK>\|)+", padding, "".join(words))
+    text = token_texts(tokenizer, tokens[0].tolist())
+    mask = tokenizer.decode([mask_id], skip_special_tokens=False)
+    apart = "hidden from" if settings.packing == "documents" else "visible to"
+    yield f"Row {row}: {L} positions in blocks of {size}; targets: {targets.sum()}"
+    yield f"Documents: {len(pieces)}, {apart} each other"
+    padding = lambda found: f" [padding x {len(found[0]) // len(mask)}]"
+    legible = lambda words: re.sub(f"({re.escape(mask)})+", padding, "".join(words))
     yield "\nclean; what trains stands in [[ ]]:"
-    spans = groupby(zip(batch.trainable[0].tolist(), text), key=itemgetter(0))
+    spans = groupby(zip(trainable[0].tolist(), text), key=itemgetter(0))
     parts = ((trains, "".join(word for _, word in span)) for trains, span in spans)
     yield legible(f"[[{words}]]" if trains else words for trains, words in parts)
     named = {f"view {i}": view for i, view in enumerate(views, 1)}
@@ -474,7 +468,7 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, settings: Training, ro
     yield f"{'position':>8}  {'token':<16}" + "".join(f"{name:<17}" for name in named) + "predicted by"
     text = [word.replace("\n", "\\n") for word in text]
     for i in range(first, first + size):
-        states = "".join(f"{'|<MASK>|' if masked[i] else text[i]:<17}" for masked in views)
+        states = "".join(f"{mask if masked[i] else text[i]:<17}" for masked in views)
         by = [f"output {i - 1} of {name}" for name, masked in named.items() if masked[i] and targets[i]]
         yield f"{i:>8}  {text[i]:<16}{states}{by[0] if by else '-'}"
     blocks = min(L // size, 12)
@@ -482,48 +476,41 @@ def show(corpus: Corpus, tokenizer: Tokenizer, size: int, settings: Training, ro
     names = [*named, "clean"]
     at = [part * L + block * size for part in range(len(names)) for block in range(blocks)]
     firsts = torch.tensor(at)  # all positions of a block see the same blocks
-    mask = visibility(L, size, len(views), batch.documents)(0, None, firsts[:, None], firsts)
+    sees = visibility(L, size, len(views), documents)(0, None, firsts[:, None], firsts)
     yield " " * 9 + " ".join(f"{name:<{blocks}}" for name in names)
-    for n, seen in enumerate(mask):
+    for n, seen in enumerate(sees):
         cells = ("".join("#" if see else "." for see in part) for part in seen.view(-1, blocks).tolist())
         yield f"{names[n // blocks] if n % blocks == 0 else '':<9}{' '.join(cells)}"
 
 
 # --- Command line ---
 
+option = click.option
 packing_option = option(
     "--packing", type=click.Choice(PACKINGS), default=Training.packing,
     help="documents: padded to whole blocks, cut only if longer than a row, hidden from each other. original "
     "(the authors'): each padded by at least one token, cut where a row ends, visible to each other.",
 )  # fmt: skip
-block_option = option(
-    "--block-size", type=click.IntRange(1, 10**6), show_default="the checkpoint's, or 32",
-    help="Tokens that are denoised together.",
+block_option = option("--block-size", type=int, show_default="the checkpoint's, or 32",
+                      help="Tokens that are denoised together.")  # fmt: skip
+training_options = options(  # what `ar` and `adapt` share
+    run_options(Training),
+    option("--seq-len", default=Training.seq_len, help="Positions of a row."),
+    option("--micro-batch", default=Training.micro_batch,
+           help="Rows that a device runs at once; changes memory and speed only."),
+    option("--schedule", type=click.Choice(CHOICES["schedule"]), default=Training.schedule,
+           help="The learning rate after the warm-up; cosine falls to 0 at --steps."),
+    option("--weight-decay", default=Training.weight_decay, help="AdamW's, of matrices."),
+    packing_option,
+    option("--compute", type=click.Choice(CHOICES["compute"]), show_default="bfloat16 on CUDA, else float32",
+           help="Number format of products; trained weights are float32."),
+    option("--recompute/--no-recompute", default=Training.recompute,
+           help="Keep only the layers' inputs for the backward pass: slower, less memory."),
+    option("--from-scratch", is_flag=True,
+           help="Begin with random weights; --model gives the shape and the tokenizer."),
+    option("--save-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+           help="Number format of the result's weights."),
 )  # fmt: skip
-
-
-def training_options(command: Callable) -> Callable:
-    """What `ar` and `adapt` have beside the options of every run."""
-    for one in (  # the last one is shown first
-        option("--save-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-               help="Number format of the result's weights."),
-        option("--from-scratch", is_flag=True,
-               help="Begin with random weights; --model gives the shape and the tokenizer."),
-        option("--recompute/--no-recompute", default=Training.recompute,
-               help="Keep only the layers' inputs for the backward pass: slower, less memory."),
-        option("--compute", type=click.Choice(CHOICES["compute"]),
-               show_default="bfloat16 on CUDA, else float32",
-               help="Number format of products; trained weights are float32."),
-        packing_option,
-        option("--weight-decay", default=Training.weight_decay, help="AdamW's, of matrices."),
-        option("--schedule", type=click.Choice(CHOICES["schedule"]), default=Training.schedule,
-               help="The learning rate after the warm-up; cosine falls to 0 at --steps."),
-        option("--micro-batch", default=Training.micro_batch,
-               help="Rows that a device runs at once; changes memory and speed only."),
-        option("--seq-len", default=Training.seq_len, help="Positions of a row."),
-    ):  # fmt: skip
-        command = one(command)
-    return run_options(Training)(command)
 
 
 def take_preset(context: click.Context, _, name: str | None) -> None:
@@ -534,6 +521,7 @@ TITLE, EXAMPLES = __doc__.split("\n\n")[:2]
 
 
 @click.group(cls=Commands, help=f"{TITLE}\n\n\b\n{EXAMPLES}", context_settings=HELP_OPTIONS)
+@click.version_option(VERSION, prog_name="fastdllm")
 def main():
     pass
 
@@ -543,69 +531,51 @@ def train(
     threads: int | None, from_scratch: bool, save_dtype: str, block_size: int | None = None, **given,
 ) -> None:  # fmt: skip
     """One run, in the only process or in one of those that `torchrun` started."""
-    require(block_size != 1, "--block-size 1 is autoregressive; `train.py ar` trains that.")
     settings = Training(**given)
     with runs.one_run(device, threads, out) as device:
         settings = replace(settings, compute=settings.compute or fast_dtype(device))
         model, tokenizer = initial_model(folder, from_scratch, device, settings.seed)
-        size, weights = 1, {"ar": 1.0}
-        if objective == "adapt":
+        if objective == "ar":
+            weights, model.config = {"ar": 1.0}, replace(model.config, block_size=1)
+        else:
             weights = {"diffusion": 1.0} | ({"ar": settings.ar_weight} if settings.ar_weight else {})
-            if model.config.mask_token_id is None:
-                tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
-            size = block_size_of(block_size, model.config.block_size)
-        check_length(settings.seq_len, size, model.config.max_position_embeddings)
-        known = model.config.mask_token_id
-        mask_id = tokenizer.id("|<MASK>|") if known is None else known
-        ends = mask_id is not None and mask_id in model.config.stop_token_ids
-        taken = (
-            f"the mask would get id {mask_id}, which is a stop token; the tokenizer's list of added tokens"
-        )
-        complete = "tokenizer_config.json or added_tokens.json must name them"
-        require(not ends, f"{folder}: {taken} is incomplete: {complete}.")
-        model.config = replace(model.config, block_size=size, mask_token_id=mask_id)
-        fixed = {"objective": objective, "model": folder, "vocab_size": model.config.vocab_size}
-        fixed |= {"block_size": size} | runs.lasting(settings, "micro_batch", "recompute")
+            tokenizer, model.config = adapted(tokenizer, model.config, block_size)
+        check_length(settings.seq_len, model.config)
+        fixed = {"objective": objective, "model": folder, "block_size": model.config.block_size}
+        fixed |= lasting(settings)
         if settings.schedule == "constant":
             del fixed["steps"]  # a cosine ends where its steps end; a constant rate may go on
-        corpus, unseen = runs.open_data(out, fixed, data, heldout, tokenizer, broken)
+        corpus, unseen = runs.open_data(out, fixed, data, heldout, model, tokenizer, broken)
         job = Adaptation(model, weights, corpus, unseen, settings)
         runs.run(job, out)
         save_result(out, job, model, tokenizer, DTYPES[save_dtype])
 
 
-@main.command(
-    help="Ordinary next-token training of an autoregressive model.", short_help="Train next tokens."
-)
+@main.command(short_help="Train next tokens.")
 @training_options
 @reports_mistakes
 def ar(**given):
+    """Ordinary next-token training of an autoregressive model."""
     train("ar", **given)
 
 
-@main.command(
-    help="Make a block-diffusion model of an autoregressive one (paper, section 3).",
-    short_help="Make a block-diffusion model of an AR one.",
-)
+@main.command(short_help="Make a block-diffusion model of an AR one.")
 @option("--preset", type=click.Choice(list(PRESETS)), callback=take_preset, is_eager=True, expose_value=False,
-        show_default="none", help="The paper's steps and rate for a model of this size.")  # fmt: skip
+        show_default=False, help="The paper's steps and rate for a model of this size.")  # fmt: skip
 @training_options
 @block_option
 @option("--ar-weight", default=Training.ar_weight,
         help="Weight of a next-token loss beside the adaptation's: keeps AR decoding good.")  # fmt: skip
 @reports_mistakes
 def adapt(**given):
+    """Make a block-diffusion model of an autoregressive one (paper, section 3)."""
     train("adapt", **given)
 
 
 main.add_command(draft)
 
 
-@main.command(
-    "show",
-    help="Print a packed, masked example: what trains, which output predicts what, and the mask.",
-    short_help="Print how data are read, packed and masked.",
-)
+@main.command("show", short_help="Print how data are read, packed and masked.")
 @option("--model", "folder", default=SHIPPED, show_default="the demo model, tiny/checkpoint",
         help="Whose tokenizer and block size: a folder or Hub id.")  # fmt: skip
 @option("--data", default=SHIPPED.parent / "sample.jsonl", show_default="tiny/sample.jsonl", type=FILE,
@@ -617,17 +587,14 @@ main.add_command(draft)
 @block_option
 @reports_mistakes
 def show_command(folder, data, row, block_size, **given):
+    """Print a packed, masked example: what trains, which output predicts what, and the mask."""
     settings = Training(**given)
     _, config, tokenizer = read_checkpoint(folder, weights=False)
     require(tokenizer, f"{folder}: no tokenizer, so the data cannot be read.")
-    tokenizer = with_mask_token(tokenizer, config.vocab_size)
-    size = block_size_of(block_size, config.block_size)
-    check_length(settings.seq_len, size, config.max_position_embeddings)
-    documents = list(islice(read_documents(data, tokenizer, "skip"), 500))  # enough to fill rows
-    require(documents, f"{data}: holds no documents.")
-    offsets = np.cumsum([0, *(len(tokens) for tokens, _ in documents)])
-    tokens, trainable = (np.concatenate(column) for column in zip(*documents))
-    for line in show(Corpus(tokens, trainable, offsets), tokenizer, size, settings, row):
+    tokenizer, config = adapted(tokenizer, config, block_size)
+    check_length(settings.seq_len, config)
+    corpus = Corpus.read(data, tokenizer, config.mask_token_id, "skip", most=500)  # enough to fill rows
+    for line in show(corpus, tokenizer, config, settings, row):
         click.echo(line)
 
 

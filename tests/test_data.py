@@ -1,6 +1,8 @@
 """Training data: records in the formats that people have, tokenised data, and packing."""
 
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,31 +70,24 @@ def test_a_chatml_document_is_its_text_and_answers_train_with_end_token_and_newl
         assert document_of(record, chatml) == (expected, flags)
 
 
+def sharegpt(**turns: str) -> list[dict]:
+    return [{"from": name, "value": value} for name, value in turns.items()]
+
+
 SYSTEM = {"role": "system", "content": "s"}
+# fmt: off
 SAME = [  # records, and the messages that they mean
     ({"question": "a", "answer": "b"}, chat("a", "b")),
     ({"question": "a", "answer": "b", "system": "s", "id": 7}, [SYSTEM, *chat("a", "b")]),
     ({"messages": chat("a", "b"), "system": "s", "text": None}, [SYSTEM, *chat("a", "b")]),
     ({"prompt": "a", "completion": "b"}, chat("a", "b")),
-    (
-        {"prompt": chat("a", "x", "c"), "completion": chat("", "b")[1:]},
-        chat("a", answer("x", weight=0), "c", "b"),
-    ),
+    ({"prompt": chat("a", "x", "c"), "completion": chat("", "b")[1:]}, chat("a", answer("x", weight=0), "c", "b")),
     ({"instruction": "a", "output": "b", "input": "", "history": []}, chat("a", "b")),
     ({"instruction": "a", "output": "b", "input": "c"}, chat("a\nc", "b")),
-    (
-        {
-            "conversations": [
-                {"from": w, "value": v} for w, v in [("system", "s"), ("human", "a"), ("gpt", "b")]
-            ]
-        },
-        [SYSTEM, *chat("a", "b")],
-    ),
-    (
-        {"conversations": [{"from": "human", "value": "a", "weight": None}, {"from": "gpt", "value": "b"}]},
-        chat("a", "b"),
-    ),
+    ({"conversations": sharegpt(system="s", human="a", gpt="b")}, [SYSTEM, *chat("a", "b")]),
+    ({"conversations": [{"from": "human", "value": "a", "weight": None}, *sharegpt(gpt="b")]}, chat("a", "b")),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("record, messages", SAME, ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
@@ -141,6 +136,17 @@ QWQ = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 PLAIN = """{% for m in messages %}{{ m.role }}: {{ m.content }}
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+SAID = [  # template, turns, what trains of them, and what is said
+    (
+        QWQ,
+        ["a", "<think>x</think>b", "c", "<think>y</think>d"],
+        "y</think>d<|im_end|>\n",
+        "only the last answer trains",
+    ),
+    (R1, ["a", "thoughts</think>b"], "b<EOS>", "leaves out some of an answer's content"),
+    (PLAIN, ["a", "b"], "b\n", "without an end token"),
+    (R1, ["a", "b", "c"], "b<EOS>", "what follows the last answer"),
+]
 
 
 def test_the_checkpoints_own_template_says_where_an_answer_begins_and_ends(chatml):
@@ -168,31 +174,15 @@ def test_tools_and_calls_are_rendered_and_train(chatml):
     assert document_of(record | {"tools": json.dumps(TOOLS)}, tokenizer) == document_of(record, tokenizer)
 
 
-def test_where_the_template_rewrites_earlier_turns_the_last_answer_trains_which_is_said_once(chatml, capsys):
+@pytest.mark.parametrize("template, turns, text, note", SAID, ids=[note for *_, note in SAID])
+def test_what_the_template_makes_of_a_chat_trains_and_a_surprise_is_said_once(
+    chatml, capsys, template, turns, text, note
+):
     data.say_once.cache_clear()
-    tokenizer = templated(chatml, QWQ, "<think>", "</think>")
-    record = {"messages": chat("a", "<think>\nx</think>b", "c", "<think>\ny</think>d")}
+    tokenizer = templated(chatml, template, *R1_TOKENS, "</think>")
     for _ in range(2):
-        assert trained(record, tokenizer) == ["y</think>d<|im_end|>\n"]
-    assert "x</think>" not in text_of(record, tokenizer)
-    assert capsys.readouterr().err.count("only the last answer trains") == 1
-    assert trained({"messages": chat("a", "<think>\nx</think>b")}, tokenizer) == ["x</think>b<|im_end|>\n"]
-
-
-def test_thoughts_that_the_template_leaves_out_of_an_answer_are_said(chatml, capsys):
-    data.say_once.cache_clear()
-    assert trained({"messages": chat("a", "thoughts</think>b")}, templated(chatml, R1, *R1_TOKENS)) == [
-        "b<EOS>"
-    ]
-    assert "leaves out some of an answer's content" in capsys.readouterr().err
-
-
-def test_an_answer_without_an_end_token_is_said(chatml, capsys):
-    data.say_once.cache_clear()
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
-    assert trained({"messages": chat("a", "b")}, templated(chatml, template)) == ["b\n"]
-    assert "without an end token" in capsys.readouterr().err
+        assert trained({"messages": chat(*turns)}, tokenizer) == [text]
+    assert capsys.readouterr().err.count(note) == 1
 
 
 REFUSED = [
@@ -231,7 +221,7 @@ REFUSED = [
 def test_what_cannot_be_trained_as_it_is_meant_is_refused_by_name(tmp_path, chatml, record, sentence):
     (tmp_path / "data.jsonl").write_text(json.dumps(record))
     with pytest.raises(InputError, match=f"line 1: .*{sentence}.*--broken skip"):
-        list(read_documents(tmp_path / "data.jsonl", chatml))
+        list(read_documents(tmp_path / "data.jsonl", chatml, chatml.id("|<MASK>|"), "refuse"))
 
 
 UNUSED = [
@@ -254,81 +244,83 @@ def test_a_broken_line_is_named_and_refused_or_skipped(tmp_path, chatml, capsys,
     path, good = tmp_path / "data.jsonl", b'{"question": "?", "answer": "!"}\n'
     path.write_bytes(good + b"\n" + line + b"\n" + good)
     with pytest.raises(InputError, match="line 3: .*--broken skip"):
-        list(read_documents(path, chatml))
-    assert len(list(read_documents(path, chatml, "skip"))) == 2
+        list(read_documents(path, chatml, None, "refuse"))
+    assert len(list(read_documents(path, chatml, None, "skip"))) == 2
     assert "line 3" in capsys.readouterr().err
+
+
+def test_the_models_mask_token_is_refused_whatever_its_name(tmp_path, chatml):
+    (tmp_path / "data.jsonl").write_text('{"text": "Mia has 3 books."}')
+    mask = chatml.encode(" books")[0]
+    with pytest.raises(InputError, match="it holds the mask token"):
+        list(read_documents(tmp_path / "data.jsonl", chatml, mask, "refuse"))
 
 
 # --- Corpus ---
 
 
-def prepared(tmp_path, tokenizer, count=40) -> Corpus:
-    lines = [{"question": f"{n} and {n}?" * (n % 5 + 1), "answer": f"{n + n}"} for n in range(count)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    return Corpus.prepare(tmp_path / "data.jsonl", tokenizer, tmp_path / "tokens")
+def prepared(tmp_path, tokenizer, mask=None) -> Corpus:
+    return Corpus.prepare(tmp_path / "data.jsonl", tokenizer, mask, tmp_path / "tokens")
 
 
-def test_data_is_tokenised_once_and_anew_when_it_changes(tmp_path, chatml, monkeypatch):
+@pytest.fixture
+def lines(tmp_path) -> list[str]:
+    """Of the file data.jsonl."""
+    lines = [{"question": f"{n} and {n}?" * (n % 5 + 1), "answer": f"{n + n}"} for n in range(40)]
+    lines = [json.dumps(line) + "\n" for line in lines]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    return lines
+
+
+def test_data_is_tokenised_once_and_anew_when_anything_changes(tmp_path, chatml, lines, monkeypatch):
     corpus, path = prepared(tmp_path, chatml), tmp_path / "data.jsonl"
-    assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == np.uint16
-    for i, (tokens, trainable) in enumerate(read_documents(path, chatml)):
-        ids, flags = corpus.piece(i, 0, 10**6)
-        assert ids.tolist() == tokens and flags.tolist() == trainable
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "read_documents", None)  # would fail if it were read again
-        Corpus.prepare(path, chatml, tmp_path / "tokens")
-    other = templated(chatml, CALLS)  # another template makes other tokens
-    for tokenizer, text in (other, ""), (chatml, '{"question": "?", "answer": "!"}\n'):
-        with open(path, "a") as file:
-            file.write(text)
-        found = Corpus.prepare(path, tokenizer, tmp_path / "tokens").lengths
-        assert len(found) == 40 + bool(text)
-    for damaged in (tmp_path / "tokens").iterdir():
-        damaged.write_bytes(b"") if damaged.name == "meta.json" else damaged.unlink()
-        assert len(Corpus.prepare(path, chatml, tmp_path / "tokens").lengths) == 41
+    documents = list(read_documents(path, chatml, None, "refuse"))
+    assert [tuple(x.tolist() for x in corpus.piece(i, 0, 10**6)) for i in range(40)] == documents
+    calls, read = [], data.read_documents
+    monkeypatch.setattr(data, "read_documents", lambda *given: calls.append(given) or read(*given))
+    made = lambda *given: (len(prepared(tmp_path, *given).lengths), len(calls))
+    assert made(chatml) == (40, 0)
+    assert made(templated(chatml, CALLS)) == (40, 1)  # another template makes other tokens
+    assert made(chatml, 10**6) == (40, 2)  # other documents may hold this mask
+    path.write_text("".join(lines[:7]))
+    assert made(chatml, 10**6) == (7, 3)
+    for damaged in b"", (tmp_path / "tokens").read_bytes()[:-1]:
+        (tmp_path / "tokens").write_bytes(damaged)
+        assert made(chatml, 10**6)[0] == 7
+    assert len(calls) == 5 and sorted(os.listdir(tmp_path)) == ["data.jsonl", "tokens"]
 
 
-def test_broken_data_leaves_what_was_tokenised_before(tmp_path, chatml):
+def test_broken_data_leaves_what_was_tokenised_before(tmp_path, chatml, lines):
     prepared(tmp_path, chatml)
-    before = (tmp_path / "tokens" / "tokens.bin").read_bytes()
+    before = (tmp_path / "tokens").read_bytes()
     for text, sentence in ("{\n", "line 1"), ("\n", "holds no documents"):
         (tmp_path / "data.jsonl").write_text(text)
         with pytest.raises(InputError, match=sentence):
-            Corpus.prepare(tmp_path / "data.jsonl", chatml, tmp_path / "tokens")
-    assert (tmp_path / "tokens" / "tokens.bin").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "tokens"]
+            prepared(tmp_path, chatml)
+    assert (tmp_path / "tokens").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["data.jsonl", "tokens"]
 
 
-@pytest.mark.parametrize("form", ["tokenizer.json", "added_tokens_decoder", "added_tokens.json", "none"])
-def test_a_tokenizer_without_mask_gets_it_as_its_first_free_id(tmp_path, shipped, form):
+def test_a_tokenizer_without_mask_gets_it_as_its_first_free_id(tmp_path, shipped):
     model, tokenizer = shipped
     whole = json.loads(tokenizer.files["tokenizer.json"])
-    added = [token for token in whole["added_tokens"] if token["content"] != "|<MASK>|"]
-    if form == "tokenizer.json":
-        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"added_tokens": added}))
-        (tmp_path / "tokenizer_config.json").write_bytes(tokenizer.files["tokenizer_config.json"])
-        (tmp_path / "chat_template.jinja").write_text(CALLS)
-    else:
-        (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
-        merges = [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]]
-        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    if form == "added_tokens_decoder":
-        settings = {"added_tokens_decoder": {token["id"]: token for token in added}, "chat_template": CALLS}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    elif form == "added_tokens.json":
-        listed = {token["content"]: token["id"] for token in added}
-        (tmp_path / "added_tokens.json").write_text(json.dumps(listed))
-    plain = load_tokenizer(tmp_path)
-    first, template = plain.size, plain.template
-    masked = with_mask_token(plain, model.config.vocab_size)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]]
+    added = {t["id"]: t for t in whole["added_tokens"] if t["content"] != "|<MASK>|"}
+    settings = {"added_tokens_decoder": added, "chat_template": CALLS}
+    (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    plain, config = load_tokenizer(tmp_path), replace(model.config, mask_token_id=None)
+    first = plain.size
+    with pytest.raises(InputError, match=f"id {first}, which is outside the embedding of {first} rows"):
+        with_mask_token(plain, replace(config, vocab_size=first))
+    masked, config = with_mask_token(plain, config)
     save(model, masked, tmp_path / "new")
     again = load_tokenizer(tmp_path / "new")
-    assert again.id("|<MASK>|") == masked.id("|<MASK>|") == first and again.size == first + 1
-    assert again.encode("books|<MASK>|") == [*again.encode("books"), first]
-    assert again.template == masked.template == template
-    assert with_mask_token(again, 10**6) is again
-    with pytest.raises(InputError, match=f"id {first}, outside the embedding of {first} rows"):
-        with_mask_token(load_tokenizer(tmp_path), first)
+    assert again.id("|<MASK>|") == masked.id("|<MASK>|") == config.mask_token_id == first
+    assert again.encode("books|<MASK>|") == [*again.encode("books"), first] and again.size == first + 1
+    assert again.template == masked.template == CALLS
+    assert with_mask_token(again, config) == (again, config)
 
 
 # --- Packing ---
@@ -355,7 +347,7 @@ def test_original_packing_pads_every_document_cuts_at_rows_and_drops_the_rest():
     assert sum(ends[i] == LENGTHS[i] // 8 * 8 + 8 for i in ends) >= len(ends) - 1
 
 
-def test_rows_are_laid_out_padded_with_masks_that_do_not_train(tmp_path, chatml):
+def test_rows_are_laid_out_padded_with_masks_that_do_not_train(tmp_path, chatml, lines):
     corpus = prepared(tmp_path, chatml)
     packed = pack(corpus.lengths, 96, 32, "documents", np.random.default_rng(0))
     row = next(row for row in packed if len(row) == 3)

@@ -101,24 +101,16 @@ def test_two_processes_train_like_one_and_resume_each_others_runs(tmp_path):
 
 
 def test_a_run_on_a_device_goes_on_in_bfloat16_with_recomputation(tmp_path, device):
-    run = partial(succeeds, tmp_path, "--recompute", device=device, compute="bfloat16")
-    run = partial(run, heldout=tmp_path / "data.jsonl", **{"eval-every": 2, "eval-rows": 2})
-    run(steps=2)
-    run(steps=4)
-    records = metrics(tmp_path / "out")
+    out, options = tmp_path / "out", {"eval-every": 2, "eval-rows": 2, "keep": 2}
+    for steps in (2, 4):
+        options |= {"device": device, "compute": "bfloat16", "heldout": tmp_path / "data.jsonl"}
+        succeeds(tmp_path, "--recompute", steps=steps, **options)
+    records = metrics(out)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
-
-
-def test_held_out_data_is_looked_at_and_checkpoints_are_few(tmp_path):
-    options = {"heldout": tmp_path / "data.jsonl", "eval-every": 2, "eval-rows": 8, "keep": 2}
-    succeeds(tmp_path, steps=4, **options)
-    records = metrics(tmp_path / "out")
-    looks = [record["step"] for record in records if "heldout_diffusion_loss" in record]
-    assert looks == [2, 4] and records[3]["heldout_diffusion_loss"] < records[1]["heldout_diffusion_loss"]
-    places = checkpoints(tmp_path / "out")
-    assert [place.name for place in places] == ["step-0000003", "step-0000004"]
-    files = {file.name for place in places for file in place.iterdir()}
+    looks = {record["step"]: record.get("heldout_diffusion_loss") for record in records}
+    assert looks[1] is looks[3] is None and looks[4] < looks[2]
+    assert [place.name for place in checkpoints(out)] == ["step-0000003", "step-0000004"]
+    files = {file.name for place in checkpoints(out) for file in place.iterdir()}
     assert files == {"state.safetensors", "state.sha256"}  # nothing that could run as code
 
 
@@ -127,25 +119,39 @@ def test_a_short_run_is_saved_ten_times_and_a_long_one_every_200_steps():
     assert Training(steps=50, save_every=7).saves_every == 7
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_ctrl_c_says_what_the_same_command_goes_on_from(tmp_path, monkeypatch, checkpoint):
+    begun = train.Adaptation.step
+
+    def step(job, rows, number, progress):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return begun(job, rows, number, progress)
+
+    monkeypatch.setattr(train.Adaptation, "step", step)
+    result = run(tmp_path, **({} if checkpoint else {"save-every": 2}))
+    place = checkpoints(tmp_path / "out")[0] if checkpoint else "the start"
+    assert result.exit_code == 130 and f"Interrupted; the same command goes on from {place}." in result.output
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    succeeds(tmp_path, steps=2)
+    succeeds(tmp_path)
     before, losses = train.Adaptation.step, {"diffusion_loss": float("nan")}
     monkeypatch.setattr(train.Adaptation, "step", lambda *given: before(*given) | losses)
-    refused(run(tmp_path, steps=5), "step 3: the loss is NaN", "of its documents are ", "a lower --lr")
+    refused(run(tmp_path, steps=5), "step 3: the loss is NaN", "a lower --lr")
     assert [place.name for place in checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_last_one_stays(tmp_path):
     succeeds(tmp_path)
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # like a disk that is full
     line = [sys.executable, ROOT / "train.py", *command(tmp_path, steps=4)]
     full = subprocess.run(line, capture_output=True, text=True, preexec_fn=small)
     assert full.returncode == 2 and "Traceback" not in full.stderr
     assert "cannot be written" in full.stderr and "earlier ones stay" in full.stderr
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-0000001", "step-0000002"]
-    succeeds(tmp_path, steps=4)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    names = sorted(os.listdir(tmp_path / "out" / "checkpoints"))
+    assert names == ["step-0000001", "step-0000002"]  # and nothing half written
+    assert "Resuming at step 2." in succeeds(tmp_path, steps=4)
 
 
 # --- What is not its own ---
@@ -169,7 +175,7 @@ def again(finished, tmp_path):
 def test_a_folder_with_another_run_is_refused_and_stays(again, tmp_path):
     out = tmp_path / "out"
     before = (out / "model.safetensors").read_bytes()
-    refused(again(steps=4, seed=1), "holds a run with seed 0, not 1")
+    refused(again(steps=4, seed=1), "holds a run with seed 0, not 1; take another --out")
     refused(again(steps=1), "has done 2 steps, more than --steps 1")
     assert (out / "model.safetensors").read_bytes() == before
     with open(out / "metrics.jsonl", "a") as file:
@@ -178,7 +184,8 @@ def test_a_folder_with_another_run_is_refused_and_stays(again, tmp_path):
 
 
 def test_a_cosine_ends_where_its_steps_end(tmp_path):
-    succeeds(tmp_path, schedule="cosine", steps=1)
+    said = succeeds(tmp_path, schedule="cosine", steps=1)
+    assert "--warmup 4 is more than --steps 1: the rate never reaches --lr." in said
     longer = run(tmp_path, schedule="cosine", steps=2)  # its rates would be others from the start
     refused(longer, "holds a run with steps 1, not 2")
 
@@ -188,7 +195,24 @@ def test_a_resumed_run_needs_the_same_data_whatever_its_date(again, tmp_path):
     os.utime(data, (1, 1))
     assert again(steps=3, data=data).exit_code == 0
     data.write_text(data.read_text().replace("7", "8"))
-    refused(again(steps=4, data=data), "holds a run on other data")
+    refused(again(steps=4, data=data), "holds a run with other data, or it has changed")
+
+
+def test_a_resumed_run_needs_the_same_model(tmp_path, shipped):
+    folder = shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path / "model")
+    succeeds(tmp_path, model=folder)
+    shutil.copytree(tmp_path / "out", folder, dirs_exist_ok=True)  # trained further, under the same name
+    refused(run(tmp_path, model=folder, steps=3), "holds a run with another model, or it has changed")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(again, tmp_path):
+    out = tmp_path / "out"
+    left = [out / ".model.safetensors.7.tmp", out / "checkpoints" / ".step-0000003.tmp" / "state.safetensors"]
+    left[1].parent.mkdir()
+    for file in left:
+        file.write_bytes(b"half")
+    assert again(steps=3).exit_code == 0
+    assert not left[0].exists() and not left[1].parent.exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(again, tmp_path):
@@ -199,26 +223,26 @@ def test_a_second_run_in_the_same_folder_is_refused(again, tmp_path):
     assert again(steps=3).exit_code == 0
 
 
-@pytest.mark.parametrize("damage", ["weights", "header", "checksum", "missing", "empty"])
+@pytest.mark.parametrize("damage", ["weights", "header", "checksum", "missing", "empty", "all"])
 def test_a_damaged_checkpoint_is_refused_and_without_it_the_run_goes_on(again, tmp_path, damage):
-    bad = checkpoints(tmp_path / "out")[-1]
-    content = bytearray((bad / STATE).read_bytes())
+    places = checkpoints(tmp_path / "out")
+    bad, then = places[1:], "goes on from step-0000001"
+    content = bytearray((bad[0] / STATE).read_bytes())
     if damage in ("weights", "header"):
         content[7 if damage == "header" else len(content) * 3 // 4] ^= 1
-        (bad / STATE).write_bytes(content)
+        (bad[0] / STATE).write_bytes(content)
     elif damage == "checksum":
-        (bad / CHECKSUM).write_bytes(b"\xff")
+        (bad[0] / CHECKSUM).write_bytes(b"\xff")
     else:
-        for file in [bad / STATE] if damage == "missing" else bad.iterdir():
+        bad, then = (places, "starts at step 0") if damage == "all" else (bad, then)
+        for file in [place / STATE for place in bad] if damage != "empty" else bad[0].iterdir():
             file.unlink()
-    refused(again(steps=3), f"{bad}: the checkpoint is damaged", "remove it")
-    shutil.rmtree(bad)
-    assert "Resuming at step 1." in again(steps=3).output
+    names = ", ".join(place.name for place in reversed(bad))
+    refused(again(steps=3), f"{names}; remove them, and the run {then}.")
+    for place in bad:
+        shutil.rmtree(place)
+    assert ("starting at step 0." if damage == "all" else "Resuming at step 1.") in again(steps=3).output
     assert [record["step"] for record in metrics(tmp_path / "out")] == [1, 2, 3]
-
-
-def test_the_end_says_where_the_result_is_and_how_to_run_it(again, tmp_path):
-    assert f"python cli.py generate --model {tmp_path / 'out'}" in again().output
 
 
 @pytest.mark.parametrize(
@@ -231,13 +255,10 @@ def test_the_end_says_where_the_result_is_and_how_to_run_it(again, tmp_path):
         ({"packing": "original", "seq-len": 1024, "data": "short.jsonl"}, "does not fill one row of 1024"),
         ({"out": "short.jsonl"}, "short.jsonl"),
         ({"data": "."}, "--data"),
-        ({"block-size": 1}, "--block-size 1 is autoregressive"),
-        ({"clip": 0}, "--clip is 0.0, it must be a number from 1e-09 up"),
-        ({"lr": "nan"}, "--lr is nan"),
-        ({"ar-weight": "-1"}, "--ar-weight is -1.0"),
-        ({"save-every": 0}, "--save-every is 0"),
-        ({"eval-rows": 3}, "--eval-rows is for held-out data; give --heldout too"),
-        *(({name: 10**20}, f"--{name}") for name in ("steps", "batch-size", "seq-len", "threads", "block-size")),
+        ({"block-size": 1}, "--block-size is 1, it must be at least 2; `train.py ar` trains AR models"),
+        ({"lr": "nan"}, "--lr is nan, it must be 0 or a positive number"),
+        ({"steps": 10**20}, "--steps"),
+        ({"packing": "original", "heldout": "short.jsonl", "seq-len": 64}, "does not fill one row of 64"),
     ],
     ids=str,
 )  # fmt: skip
@@ -250,26 +271,27 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, options, sentence):
 # --- Command line ---
 
 
-def test_show_prints_a_row_as_it_trains():
-    lines = CliRunner().invoke(train.main, ["show"]).output.splitlines()
-    table = [line.split() for line in lines if "output" in line and "of view" in line]
-    assert table
-    for position, output in ((line[0], line[line.index("output") + 1]) for line in table):
-        assert int(output) == int(position) - 1  # token shift
-    views = [{line[0] for line in table if line[-1] == view} for view in "12"]
-    assert not views[0] & views[1]  # the complement
-
-
-def test_show_fits_a_screen_counts_padding_and_marks_what_trains(tmp_path):
-    said = "Mia has 3 books."
+def test_show_prints_a_row_as_it_trains_on_a_screen(tmp_path):
+    path, said = tmp_path / "data.jsonl", "Mia has 3 books."
     record = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": said}]}
-    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
-    shown = CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")]).output
+    path.write_text(json.dumps(record) + "\n")
+    shown = CliRunner().invoke(train.main, ["show", "--data", str(path)]).output
     assert "Row 0: 192 positions" in shown and " [padding x " in shown and f"[[{said}<|im_end|>" in shown
-    views = shown.partition("The block of positions")[0]
-    assert "|<MASK>|" not in views and len(shown.splitlines()) < 120
-    (tmp_path / "data.jsonl").write_text("{\n")
-    refused(CliRunner().invoke(train.main, ["show", "--data", str(tmp_path / "data.jsonl")]), "no documents")
+    assert "|<MASK>|" not in shown.partition("The block of positions")[0] and len(shown.splitlines()) < 120
+    table = [line.split() for line in shown.splitlines() if "output" in line and "of view" in line]
+    predicted = {view: {int(line[0]) for line in table if line[-1] == view} for view in "12"}
+    assert predicted["1"] and predicted["2"] and not predicted["1"] & predicted["2"]  # the complement
+    assert all(int(line[line.index("output") + 1]) == int(line[0]) - 1 for line in table)  # token shift
+    path.write_text("{\n")
+    refused(CliRunner().invoke(train.main, ["show", "--data", str(path)]), "no documents")
+
+
+def test_ctrl_c_while_the_program_starts_is_quiet(tmp_path):
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, ROOT / "train.py", "show"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}  # the first import interrupts
+    result = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 def test_show_ends_quietly_where_nobody_reads_on():
@@ -289,6 +311,7 @@ def test_starting_loads_no_compiler_and_no_sharding():
 
 
 def test_every_option_has_help_and_next_token_training_none_of_diffusion():
+    assert CliRunner().invoke(train.main, ["--version"]).output.startswith("fastdllm, version ")
     options = {name: {p.name: p.help for p in c.params} for name, c in train.main.commands.items()}
     assert options["adapt"].keys() - options["ar"] == {"preset", "block_size", "ar_weight"}
     assert all(help for command in options.values() for help in command.values())
@@ -308,10 +331,3 @@ def test_a_model_that_is_there_is_never_trained_over(tmp_path):
     before = (folder / "model.safetensors").read_bytes()
     refused(run(tmp_path, model=folder, out=folder), "holds a model that no run has made here")
     assert (folder / "model.safetensors").read_bytes() == before
-
-
-def test_held_out_data_that_fills_no_row_is_refused_before_the_first_step(tmp_path):
-    (tmp_path / "short.jsonl").write_text('{"text": "1"}\n')
-    options = {"packing": "original", "heldout": tmp_path / "short.jsonl", "seq-len": 64}
-    refused(run(tmp_path, **options), "does not fill one row of 64")
-    assert not checkpoints(tmp_path / "out")

@@ -13,18 +13,7 @@ from windows import causal_attend, run_window
 import train
 from checkpoint import load
 from fastdllm import InputError, KVCache, Qwen2, attention_bias, grouped_attention
-from train import (
-    Adaptation,
-    Training,
-    complementary_noise,
-    cross_entropy,
-    next_token_loss,
-    noisy_batch,
-    training_attention,
-    training_loss,
-    training_mask,
-    visibility,
-)
+from train import complementary_noise, next_token_loss, training_loss, training_mask
 from training import attention
 from training.data import Corpus
 
@@ -72,18 +61,15 @@ def test_training_mask_equals_golden(name, rows):
     assert ["".join(str(int(seen)) for seen in row) for row in training_mask(length, size)] == rows
 
 
-def test_two_views_see_the_clean_copy_as_one_view_does_and_never_each_other():
+PACKED = torch.tensor([[1] * 64 + [2] * 32 + [3] * 64, [1] * 96 + [2] * 64])  # documents of two rows of 160
+
+
+def test_views_never_see_each_other_and_documents_only_themselves():
     mask, single = training_mask(12, 4, views=2), training_mask(12, 4)
     for view in (0, 1):
         part = [*range(12 * view, 12 * view + 12), *range(24, 36)]
         assert torch.equal(mask[part][:, part], single)
     assert not mask[:12, 12:24].any() and not mask[12:24, :12].any()
-
-
-PACKED = torch.tensor([[1] * 64 + [2] * 32 + [3] * 64, [1] * 96 + [2] * 64])  # documents of two rows of 160
-
-
-def test_documents_see_only_themselves():
     apart = PACKED.repeat(1, 3)[:, :, None] == PACKED.repeat(1, 3)[:, None]
     assert torch.equal(training_mask(160, 32, 2, PACKED), training_mask(160, 32, 2) & apart)
 
@@ -100,7 +86,7 @@ def test_every_attention_equals_the_dense_mask_forward_and_backward(
     data = [torch.randn(2, heads, (views + 1) * L, 16, generator=rng).to(device) for heads in (6, 2, 2)]
     for way in ("dense", kind):
         qkv = [x.clone().requires_grad_(backward) for x in data]
-        y = training_attention(way, L, size, views, documents, torch.device(device))(0, *qkv)
+        y = train.training_attention(way, L, size, views, documents, torch.device(device))(0, *qkv)
         if backward:
             y.sin().sum().backward()
         results.append([y, *(x.grad for x in qkv if backward)])
@@ -109,7 +95,7 @@ def test_every_attention_equals_the_dense_mask_forward_and_backward(
 
 
 def test_sparse_attention_skips_most_tiles():
-    tiles = attention.sparse_mask(visibility(2048, 32, 2), None, 3 * 2048, torch.device("cpu"))
+    tiles = attention.sparse_mask(train.visibility(2048, 32, 2), None, 3 * 2048, torch.device("cpu"))
     assert tiles.sparsity() > 70  # percent
 
 
@@ -198,7 +184,7 @@ class Head:
 def test_cross_entropy_equals_golden():
     logits, labels = (torch.tensor(GOLDEN["loss_function"][key]) for key in ("logits", "labels"))
     wanted = labels[:, 1:] != -100
-    loss = cross_entropy(Head, logits[:, :-1][wanted], labels[:, 1:][wanted])
+    loss = train.cross_entropy(Head, logits[:, :-1][wanted], labels[:, 1:][wanted])
     assert loss.item() / wanted.sum().item() == pytest.approx(GOLDEN["loss_function"]["loss_mean"], abs=1e-6)
     assert wanted.sum().item() == GOLDEN["loss_function"]["terms"]
 
@@ -210,7 +196,7 @@ def test_chunks_of_logits_change_nothing(models, rng, monkeypatch):
     for largest in (2**26, 7 * model.config.vocab_size):
         model.zero_grad()
         x = hidden.clone().requires_grad_()
-        loss = cross_entropy(model, x, targets, largest)
+        loss = train.cross_entropy(model, x, targets, largest)
         loss.backward()
         results.append((loss, x.grad, model.lm_head.weight.grad.clone()))
     for whole, chunked in zip(*results):
@@ -222,32 +208,11 @@ def test_every_trainable_token_is_a_target_exactly_once(models, rng, monkeypatch
     model, seen = models["tied"], []
     monkeypatch.setattr(train, "cross_entropy", lambda model, hidden, targets: seen.append(targets) or 0)
     tokens, trainable = torch.arange(48).view(2, 24), example(rng)[1]
-    training_loss(model, tokens, trainable, masked=complementary_noise(trainable, 8, rng))
-    assert seen[0].sort().values.tolist() == tokens[trainable].tolist()
-    everything = torch.ones_like(trainable)
-    training_loss(model, tokens, everything, masked=complementary_noise(everything, 8, rng))
-    assert seen[1].sort().values.tolist() == tokens[:, 1:].flatten().tolist()  # nothing predicts position 0
-
-
-def test_no_targets_give_a_loss_of_0(models, rng):
-    tokens, trainable = example(rng)
-    assert training_loss(models["tied"], tokens, trainable & False) == 0
-
-
-def test_one_clean_copy_for_two_views_equals_two_passes_of_view_and_clean(models, rng):
-    model = models["tied"]
-    (tokens, trainable), size, L = example(rng), 8, 24
-    masked = complementary_noise(trainable, size, rng)
-    total = 0
-    for view in (masked, trainable & ~masked):
-        noisy = tokens.masked_fill(view, model.config.mask_token_id)
-        hidden = model(torch.cat([noisy, tokens], 1), torch.arange(L).repeat(2)[None], dense(model, L, size))
-        logits = model.logits(hidden[:, : L - 1])[view[:, 1:]]
-        total = total + F.cross_entropy(logits, tokens[:, 1:][view[:, 1:]], reduction="sum")
-    expected, loss = total / trainable[:, 1:].sum(), training_loss(model, tokens, trainable, masked=masked)
-    torch.testing.assert_close(loss, expected)
-    got = gradients_of(model, loss)
-    torch.testing.assert_close(got, gradients_of(model, expected), atol=1e-4, rtol=1e-3)
+    for flags in (trainable, trainable | True):  # nothing predicts position 0
+        training_loss(model, tokens, flags, masked=complementary_noise(flags, 8, rng))
+        assert seen.pop().sort().values.tolist() == tokens[:, 1:][flags[:, 1:]].tolist()
+    monkeypatch.undo()
+    assert training_loss(model, tokens, trainable & False) == 0
 
 
 @torch.inference_mode()
@@ -263,14 +228,6 @@ def test_training_forward_equals_the_windows_of_decoding(golden_models, rng):
         committed = run_window(model, tokens[:, block], [start], cache, size)
         torch.testing.assert_close(denoised, trained[:, :L][:, block], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(committed, trained[:, L:][:, block], atol=1e-4, rtol=1e-4)
-
-
-def test_the_stop_token_trains(models):
-    model = models["untied"]
-    model.zero_grad()
-    tokens = torch.full((1, 16), model.config.stop_token_ids[0])
-    training_loss(model, tokens, torch.ones(1, 16, dtype=torch.bool), 8).backward()
-    assert model.model.embed_tokens.weight.grad[model.config.stop_token_ids[0]].abs().sum() > 0
 
 
 def test_rows_that_are_no_whole_blocks_and_models_without_masks_are_refused(models, rng):
@@ -293,31 +250,28 @@ def test_next_token_loss_is_next_token_cross_entropy(models, rng):
 
 @pytest.mark.parametrize("objective", ["diffusion", "ar"])
 def test_a_packed_row_trains_like_its_documents_alone(models, rng, objective):
-    model = models["tied"]  # block size 8
-    tokens, trainable = example(rng, B=1, L=40, prompt=0)
+    tokens, trainable = example(rng, B=1, L=40, prompt=0)  # block size 8
     documents, noise = torch.tensor([[1] * 16 + [2] * 24]), complementary_noise(trainable, 8, rng)
 
-    def loss(part: slice, documents=None):
+    def loss(part: slice, **more):
+        given = models["tied"], tokens[:, part], trainable[:, part]
         if objective == "ar":
-            return next_token_loss(model, tokens[:, part], trainable[:, part], documents)
-        masked = noise[:, part]
-        return training_loss(model, tokens[:, part], trainable[:, part], None, masked, documents)
+            return next_token_loss(*given, **more)
+        return training_loss(*given, masked=noise[:, part], **more)
 
     alone = (loss(slice(0, 16)) * 15 + loss(slice(16, 40)) * 23) / 38
-    torch.testing.assert_close(loss(slice(0, 40), documents), alone)
+    torch.testing.assert_close(loss(slice(0, 40), documents=documents), alone)
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "ar"])
-def test_the_chosen_attention_gives_the_dense_masks_gradient(device, rng, objective):
+@pytest.mark.parametrize("loss", [next_token_loss, training_loss])
+def test_the_chosen_attention_gives_the_dense_masks_gradient(device, rng, loss):
     model, results = load(ROOT / "tiny" / "checkpoint", device)[0], []
     tokens, trainable = example(rng, L=160)  # on the CPU, wherever the model is
-    masked = complementary_noise(trainable, 32, rng)
+    more = {"masked": complementary_noise(trainable, 32, rng)} if loss is training_loss else {}
     for kind in ("auto", "dense"):
-        if objective == "ar":
-            loss = next_token_loss(model, tokens, trainable, PACKED, kind)
-        else:
-            loss = training_loss(model, tokens, trainable, 32, masked, PACKED, attention=kind)
-        results.append(gradients_of(model, loss))
+        results.append(
+            gradients_of(model, loss(model, tokens, trainable, documents=PACKED, attention=kind, **more))
+        )
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-2)
 
 
@@ -329,13 +283,13 @@ def job(tmp_path, shipped):
     """Makes an adaptation of a fresh copy of the shipped checkpoint, on few problems."""
     lines = [{"question": f"{n} and {n}?" * (n % 5 + 1), "answer": f"{n + n}"} for n in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    corpus = Corpus.prepare(tmp_path / "data.jsonl", shipped[1], tmp_path / "tokens")
+    corpus = Corpus.read(tmp_path / "data.jsonl", shipped[1], None, "refuse")
 
     def make(device="cpu", **changed):
         settings = {"seq_len": 64, "batch_size": 4, "compute": "float32", "steps": 3, "lr": 1e-3, "warmup": 0}
         model = load(ROOT / "tiny" / "checkpoint", device)[0]
         weights = {"diffusion": 1.0, "ar": 0.5}
-        return Adaptation(model, weights, corpus, corpus, Training(**settings | changed))
+        return train.Adaptation(model, weights, corpus, corpus, train.Training(**settings | changed))
 
     return make
 
@@ -357,8 +311,9 @@ def test_a_step_trains_by_the_two_losses_of_its_rows(job):
     made = job(batch_size=2, micro_batch=1)
     rows = [row for _, row in zip(range(2), made.rows())]
     losses = made.step(rows, 5, lambda rows: None)
-    batch = noisy_batch(made.corpus, rows, [[0, 5, 0], [0, 5, 1]], made.pad, 32, made.settings)
-    model, (tokens, trainable, documents, masked) = made.whole.model, batch
+    seeds, model = [[0, 5, 0], [0, 5, 1]], made.whole.model
+    batch = train.noisy_batch(made.corpus, rows, seeds, made.pad, 32, made.settings)
+    tokens, trainable, documents, masked = batch
     expected = training_loss(model, tokens, trainable, 32, masked, documents)
     other = next_token_loss(model, tokens, trainable, documents)
     assert losses == pytest.approx({"diffusion_loss": expected.item(), "ar_loss": other.item()}, rel=1e-5)
@@ -369,29 +324,24 @@ def test_a_step_trains_by_the_two_losses_of_its_rows(job):
 def test_a_row_draws_its_own_noise_whichever_process_runs_it(job):
     made = job()
     rows, seeds = [row for _, row in zip(range(3), made.rows())], [[0, 5, i] for i in range(3)]
-    whole = noisy_batch(made.corpus, rows, seeds, 0, 32, made.settings)
-    part = noisy_batch(made.corpus, rows[1:], seeds[1:], 0, 32, made.settings)
-    assert torch.equal(part.masked, whole.masked[1:]) and not torch.equal(whole.masked[0], whole.masked[1])
+    *_, whole = train.noisy_batch(made.corpus, rows, seeds, 0, 32, made.settings)
+    *_, part = train.noisy_batch(made.corpus, rows[1:], seeds[1:], 0, 32, made.settings)
+    assert torch.equal(part, whole[1:]) and not torch.equal(whole[0], whole[1])
 
 
 def test_learning_rate_warms_up_and_stays_or_falls():
-    constant, cosine = (Training(steps=100, lr=1.0, warmup=10, schedule=s) for s in ("constant", "cosine"))
+    constant, cosine = (
+        train.Training(steps=100, lr=1.0, warmup=10, schedule=s) for s in ("constant", "cosine")
+    )
     rates = [constant.learning_rate(step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9:] == [1.0] * 91
     assert cosine.learning_rate(55) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("packing", "document"),
-        ("compute", "float16"),
-        ("steps", 0),
-        ("lr", -1.0),
-        ("lr", float("nan")),
-        ("clip", 0),
-    ],
-)
+@pytest.mark.parametrize("field, value", [
+    ("packing", "document"), ("compute", "float16"), ("steps", 0), ("save_every", 0), ("batch_size", 10**20),
+    ("lr", -1.0), ("lr", float("nan")), ("ar_weight", -1), ("clip", 0),
+])  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_refused(field, value):
-    with pytest.raises(InputError, match=f"--{field} is {value!r}, it must"):
-        Training(**{field: value})
+    with pytest.raises(InputError, match=f"--{field.replace('_', '-')} is {value!r}, it must be "):
+        train.Training(**{field: value})

@@ -8,26 +8,25 @@ Shapes: B rows, L positions of a row.
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Tokenizer, read_json
+from checkpoint import MASK, Tokenizer, write_tensors
 from commands.console import say
 from commands.prompts import encode_prompt
-from fastdllm import InputError, require, round_up
+from fastdllm import Config, InputError, require, round_up
 
 # --- Records ---
 
@@ -71,15 +70,15 @@ def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[boo
     where = f"`{format[0]}`, where nothing uses it; remove one"
     require(not unused, f"it has `{' '.join(unused)}` beside {where}")
     if format != ("text",):
-        return chat_document(messages_of(record), tools_of(record), tokenizer)
+        return chat_document(messages_of(record, *format), tools_of(record), tokenizer)
     require(isinstance(record["text"], str) and record["text"], "its text is empty or no text")
     end = tokenizer.id("<|endoftext|>") or tokenizer.id(tokenizer.special.get("eos_token", ""))
     tokens = tokenizer.encode_text(record["text"]) + ([] if end is None else [end])
     return tokens, [True] * len(tokens)
 
 
-def messages_of(record: dict) -> list[dict]:
-    """The messages of a chat in any of `FORMATS`. Raises InputError for what is no list of messages."""
+def messages_of(record: dict, asked: str, answered: str | None = None) -> list[dict]:
+    """The messages of a chat by its format's keys. Raises InputError for what is no list of messages."""
 
     def listed(key: str, role: str = "user") -> list[dict]:
         """A list of messages as it is, and a text as one message of `role`."""
@@ -90,23 +89,16 @@ def messages_of(record: dict) -> list[dict]:
         require(ok, f"`{key}` is neither a text nor a list of messages")
         return content
 
-    if "messages" in record:
-        messages = listed("messages")
-    elif "conversations" in record:
-        messages = []
-        for turn in listed("conversations"):
-            role = turn.get("from")
-            messages.append(turn | {"role": SHAREGPT.get(str(role), role), "content": turn.get("value")})
-    elif "completion" in record:
-        before = [message | {"train": False} for message in listed("prompt")]
-        messages = before + listed("completion", "assistant")
-    elif "question" in record:
-        messages = listed("question") + listed("answer", "assistant")
-    else:
-        asked = [record["instruction"], record.get("input") or ""]
-        require(all(isinstance(part, str) for part in asked), "its instruction or input is no text")
-        question = {"role": "user", "content": "\n".join(filter(None, asked))}
-        messages = [question, *listed("output", "assistant")]
+    if record.get("input"):
+        parts = [record["instruction"], record["input"]]
+        require(all(isinstance(part, str) for part in parts), "its instruction or input is no text")
+        record = record | {"instruction": "\n".join(filter(None, parts))}
+    messages = listed(asked)
+    if asked == "conversations":
+        role_of = lambda turn: SHAREGPT.get(str(turn.get("from")), turn.get("from"))
+        messages = [turn | {"role": role_of(turn), "content": turn.get("value")} for turn in messages]
+    if answered:
+        messages = [message | {"train": False} for message in messages] + listed(answered, "assistant")
     if record.get("system") is not None:
         twice = messages[:1] and messages[0].get("role") == "system"
         require(not twice, "it has `system` beside messages that begin with a system message; remove one")
@@ -149,8 +141,7 @@ def chat_document(
     that is empty, and for parts of it that the template leaves out.
     """
     trained = [is_trained(message) for message in messages]
-    without = lambda message: {key: message[key] for key in message if key not in ("weight", "train")}
-    messages = list(map(without, messages))
+    messages = [{k: v for k, v in message.items() if k not in ("weight", "train")} for message in messages]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     require(answers and answers[0] > 0, "it has no answer, or begins with one")
     if answers[-1] + 1 < len(messages):
@@ -201,14 +192,13 @@ def parting(before: str, text: str, tokenizer: Tokenizer) -> int:
 
 
 def read_documents(
-    path: Path, tokenizer: Tokenizer, broken: str = "refuse", progress: Callable = lambda size: None
+    path: Path, tokenizer: Tokenizer, mask: int | None, broken: str, progress: Callable = lambda size: None
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """The document of each line of a JSONL file, see `document_of`; tells `progress` each line's bytes.
 
-    A broken line raises InputError with its number; where `broken` is "skip", it is reported on stderr and
-    left out.
+    A line that is broken, or holds the `mask` token, raises InputError with its number; where `broken` is
+    "skip", it is reported on stderr and left out.
     """
-    mask = tokenizer.id("|<MASK>|")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             progress(len(line))
@@ -241,14 +231,6 @@ class Corpus:
     trainable: np.ndarray
     offsets: np.ndarray  # one more than documents
 
-    @classmethod
-    def open(cls, folder: Path) -> "Corpus":
-        """Map the files of `prepare` into memory."""
-        dtype = read_json(folder / "meta.json")["dtype"]
-        files = ("tokens.bin", dtype), ("trainable.bin", bool)
-        mapped = [np.memmap(folder / name, dtype, mode="r") for name, dtype in files]
-        return cls(*mapped, np.load(folder / "offsets.npy"))
-
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
@@ -260,36 +242,39 @@ class Corpus:
         return self.tokens[where], self.trainable[where]
 
     @classmethod
-    def prepare(cls, data: Path, tokenizer: Tokenizer, folder: Path, broken: str = "refuse") -> "Corpus":
-        """Tokenise a JSONL file into `folder`, unless that was done already.
+    def read(
+        cls, data: Path, tokenizer: Tokenizer, mask: int | None, broken: str, most: int | None = None
+    ) -> "Corpus":
+        """The documents of a JSONL file, or the first `most`; raises InputError as `read_documents` does."""
+        bar = tqdm(
+            total=data.stat().st_size, desc=f"tokenising {data.name}", unit="B", unit_scale=True, delay=1
+        )
+        with bar:
+            found = islice(read_documents(data, tokenizer, mask, broken, bar.update), most)
+            documents = [(np.array(tokens, np.int32), np.array(trains)) for tokens, trains in found]
+        require(documents, f"{data}: holds no documents.")
+        tokens, trainable = map(np.concatenate, zip(*documents))
+        return cls(tokens, trainable, np.cumsum([0, *(len(tokens) for tokens, _ in documents)]))
 
-        Raises InputError for broken lines and data without documents; then the folder stays as it was.
-        """
-        files = "".join(f"{name} {content!r}" for name, content in sorted(tokenizer.files.items()))
-        made_of = {"content": file_hash(data), "tokenizer": hashlib.sha256(files.encode()).hexdigest()}
-        made_of |= {"broken": broken, "dtype": "uint16" if tokenizer.size <= 2**16 else "uint32"}
-        with suppress(InputError, OSError, ValueError):  # ours may be another version's, or damaged
-            if read_json(folder / "meta.json") == made_of:
-                return cls.open(folder)
-        for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
-            shutil.rmtree(old, ignore_errors=True)
-        part, offsets = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), [0]
-        bar = tqdm(total=data.stat().st_size, desc=f"tokenising {data.name}", unit="B", unit_scale=True)
-        try:
-            part.mkdir(parents=True)
-            with open(part / "tokens.bin", "wb") as ids, open(part / "trainable.bin", "wb") as flags, bar:
-                for tokens, trainable in read_documents(data, tokenizer, broken, bar.update):
-                    ids.write(np.array(tokens, made_of["dtype"]).tobytes())
-                    flags.write(np.array(trainable, bool).tobytes())
-                    offsets.append(offsets[-1] + len(tokens))
-            require(len(offsets) > 1, f"{data}: holds no documents.")
-            np.save(part / "offsets.npy", np.array(offsets, np.int64))
-            (part / "meta.json").write_text(json.dumps(made_of, indent=2) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        return cls.open(folder)
+    @classmethod
+    def open(cls, file: Path) -> "Corpus":
+        """Map a file of `prepare` into memory."""
+        with safe_open(file, "pt") as tensors:
+            return cls(*(tensors.get_tensor(name).numpy() for name in cls.__annotations__))
+
+    @classmethod
+    def prepare(
+        cls, data: Path, tokenizer: Tokenizer, mask: int | None, file: Path, broken: str = "refuse"
+    ) -> "Corpus":
+        """`read` into a file, unless that was done already. Where it fails the file stays as it was."""
+        made_of = f"{file_hash(data)} {sorted(tokenizer.files.items())} {mask} {broken}"
+        digest = hashlib.sha256(made_of.encode()).digest()
+        with suppress(OSError, SafetensorError), safe_open(file, "np") as old:  # may be missing or damaged
+            if old.get_tensor("made_of").tobytes() == digest:
+                return cls.open(file)
+        arrays = vars(cls.read(data, tokenizer, mask, broken)) | {"made_of": np.array([*digest], np.uint8)}
+        write_tensors(file, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        return cls.open(file)
 
 
 def file_hash(path: Path) -> str:
@@ -301,25 +286,24 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def with_mask_token(tokenizer: Tokenizer, rows: int) -> Tokenizer:
-    """A tokenizer that knows `|<MASK>|`, under its first free id: 151665 in Qwen2.5, which has a row.
+def with_mask_token(tokenizer: Tokenizer, config: Config) -> tuple[Tokenizer, Config]:
+    """A tokenizer and a config with a mask token: the config's, or `|<MASK>|` under the first free id.
 
-    Raises InputError where the embedding has too few `rows`.
+    That is 151665 in Qwen2.5, whose embedding has a row for it. Raises InputError where there is no row, and
+    where the id is a stop token.
     """
-    if tokenizer.id("|<MASK>|") is not None:
-        return tokenizer
-    new = tokenizer.size
-    room = f"The mask token would be id {new}, outside the embedding of {rows} rows; add a row to it."
-    require(new < rows, room)
-    tokenizer.encoder.add_special_tokens([AddedToken("|<MASK>|", normalized=False)])
-    settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    if "added_tokens_decoder" in settings:
-        settings["added_tokens_decoder"][str(new)] = {"content": "|<MASK>|", "special": True}
-    config = json.dumps(settings, indent=2, ensure_ascii=False)
-    files = {"tokenizer.json": tokenizer.encoder.to_str().encode(), "tokenizer_config.json": config.encode()}
-    in_it = "vocab.json", "merges.txt", "added_tokens.json"
-    kept = {name: content for name, content in tokenizer.files.items() if name not in in_it}
-    return Tokenizer(tokenizer.encoder, kept | files)
+    if config.mask_token_id is not None:
+        return tokenizer, config
+    new, rows = tokenizer.size, config.vocab_size
+    gets = f"The mask token would get id {new}, which is"
+    require(new < rows, f"{gets} outside the embedding of {rows} rows; add a row to it.")
+    incomplete = "tokenizer_config.json or added_tokens.json must name all added tokens"
+    require(new not in config.stop_token_ids, f"{gets} a stop token; {incomplete}.")
+    tokenizer.encoder.add_special_tokens([AddedToken(MASK, normalized=False)])
+    replaced = "vocab.json", "merges.txt", "added_tokens.json"
+    files = {name: content for name, content in tokenizer.files.items() if name not in replaced}
+    files["tokenizer.json"] = tokenizer.encoder.to_str().encode()
+    return Tokenizer(tokenizer.encoder, files), replace(config, mask_token_id=new)
 
 
 # --- Packing ---

@@ -29,8 +29,8 @@ from fast import avoid_cudnn_attention
 from fastdllm import PIECE, Qwen2, require, round_up
 from training import runs
 from training.attention import causal_attention, plain_attention
-from training.data import Corpus, Piece, with_mask_token
-from training.runs import RunSettings, option, rank, require_numbers, run_options, world_size
+from training.data import Corpus, with_mask_token
+from training.runs import RunSettings, lasting, rank, run_options, world_size
 from verify import adapted_layers, adapter_of, add_adapter, base_digest, load_adapter, save_adapter
 
 # --- Settings ---
@@ -59,8 +59,6 @@ class Drafting(RunSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        require_numbers(self, 1, "anchors", "width", "rank")
-        require_numbers(self, 0, "cache_gb")
         require(self.width < PIECE, f"--width is {self.width}, it must be less than {PIECE}.")
 
     def learning_rate(self, step: int) -> float:
@@ -78,17 +76,17 @@ def anchors_of(trainable: np.ndarray) -> np.ndarray:
     return np.flatnonzero(trainable[2:] & trainable[1:-1])
 
 
-def endless_groups(corpus: Corpus, anchors: int, width: int, seed: int) -> Iterator[list[Piece]]:
-    """Rows in a random order. A row is `anchors` groups of masks in one document, each group a piece.
+def endless_groups(corpus: Corpus, anchors: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows in a random order. A row is a document and so many `anchors` in it.
 
-    Every group comes once an epoch. Where a document has too few groups left for a row, some are repeated.
+    Every anchor comes once an epoch. Where a document has too few left for a row, some are repeated.
     """
     for epoch in count():
         rng, rows = np.random.default_rng([seed, epoch]), []
         for document in range(len(corpus.lengths)):
             at = rng.permutation(anchors_of(corpus.piece(document)[1]))
             for part in np.resize(at, round_up(len(at), anchors)).reshape(-1, anchors).tolist():
-                rows.append([(document, a + 1, a + 1 + width) for a in part])
+                rows.append((document, part))
         require(rows, "No document has two trainable tokens in a row, so there is nothing to draft.")
         yield from (rows[i] for i in rng.permutation(len(rows)))
 
@@ -268,22 +266,21 @@ class Drafts:
         fixed = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
         self.optimizer = torch.optim.AdamW(self.trained.values(), settings.lr, **fixed)
 
-    def rows(self) -> Iterator[list[Piece]]:
-        return endless_groups(self.corpus, self.settings.anchors, self.settings.width, self.settings.seed)
+    def rows(self) -> Iterator[tuple[int, list[int]]]:
+        return endless_groups(self.corpus, self.settings.anchors, self.settings.seed)
 
-    def batch(self, rows: list[list[Piece]], number: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    def batch(self, rows: list, number: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
         """This process's share of a step: documents, anchors (B, G), targets (B, G, w), other tokens."""
         share = len(rows) // world_size()
         # sorted by document, so that a process needs the keys and values of few documents
-        mine = sorted(rows)[rank() * share : (rank() + 1) * share]
-        documents = [row[0][0] for row in mine]
-        anchors = torch.tensor([[start - 1 for _, start, _ in row] for row in mine], device=self.device)
+        documents, anchors = zip(*sorted(rows)[rank() * share : (rank() + 1) * share])
+        anchors = torch.tensor(anchors, device=self.device)
         tokens = (self.known.targets(document) for document in documents)
         targets = torch.stack([draft_targets(*pair, self.settings.width) for pair in zip(tokens, anchors)])
         picked = np.random.default_rng([self.settings.seed, number]).permutation(len(self.rest))[:OTHERS]
         return documents, anchors, targets, self.rest[torch.from_numpy(picked).to(self.device)]
 
-    def step(self, rows: list[list[Piece]], number: int, progress: Callable) -> dict[str, float]:
+    def step(self, rows: list, number: int, progress: Callable) -> dict[str, float]:
         """The loss, and the drafts kept of a group; gradients as if one process had run all rows."""
         documents, anchors, targets, others = self.batch(rows, number)
         known = {document: self.known[document] for document in set(documents)}
@@ -316,18 +313,17 @@ class Drafts:
 
 @click.command(short_help="Teach a model to draft for --verify.")
 @run_options(Drafting)
-@option("--anchors", default=Drafting.anchors, help="Groups of masks in a row.")
-@option("--width", default=Drafting.width, help="Masks of a group: the longest draft.")
-@option("--rank", type=int, show_default=str(Drafting.rank),
-        help="Rank of the adapter's products: its size, and how much it can learn.")  # fmt: skip
-@option("--cache-gb", default=Drafting.cache_gb,
-        help="GB of known tokens' keys and values to keep; others are computed again each time.")  # fmt: skip
-@option("--adapter", help="Go on from this adapter: a folder or Hub id.", show_default="a new one")
-@option("--base", help="The base's name in the adapter's config.", show_default="--model")
-@option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format of the base.",
-        show_default="float32 on CPUs, else as in the files")  # fmt: skip
+@click.option("--anchors", default=Drafting.anchors, help="Groups of masks in a row.")
+@click.option("--width", default=Drafting.width, help="Masks of a group: the longest draft.")
+@click.option("--rank", type=int, show_default=f"{Drafting.rank}, or the --adapter's",
+              help="Rank of the adapter's products: its size, and how much it can learn.")  # fmt: skip
+@click.option("--cache-gb", default=Drafting.cache_gb,
+              help="GB of known tokens' keys and values to keep; the rest is computed again.")  # fmt: skip
+@click.option("--adapter", help="Go on from this adapter: a folder or Hub id.", show_default="a new one")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.",
+              show_default="float32 on CPUs, else as in the files")  # fmt: skip
 @reports_mistakes
-def draft(folder, data, heldout, out, broken, adapter, base, dtype, device, threads, **given):
+def draft(folder, data, heldout, out, broken, adapter, dtype, device, threads, **given):
     """Teach a frozen model to draft for --verify: an adapter, on at masks only.
 
     A step takes --batch-size rows. A row has --anchors groups of --width masks, each behind a token of the
@@ -344,19 +340,16 @@ def draft(folder, data, heldout, out, broken, adapter, base, dtype, device, thre
         require(tokenizer, f"{folder}: no tokenizer, so the data cannot be read.")
         if model.weight.is_cuda:
             avoid_cudnn_attention()
-        tokenizer = with_mask_token(tokenizer, model.config.vocab_size)
         if adapter:
             load_adapter(model, adapter)
             adapter_of(model).draft_width = settings.width
             settings = replace(settings, rank=adapter_of(model).r)
         else:
-            if model.config.mask_token_id is None:
-                model.config = replace(model.config, mask_token_id=tokenizer.id("|<MASK>|"))
+            tokenizer, model.config = with_mask_token(tokenizer, model.config)
             new_adapter(model, settings.rank, settings.width, settings.seed)
-        digest = base_digest(model)
-        fixed = {"objective": "draft", "base_digest": digest, "dtype": str(model.weight.dtype)}
-        fixed |= {"adapter": adapter} | runs.lasting(settings, "cache_gb")
-        corpus, unseen = runs.open_data(out, fixed, data, heldout, tokenizer, broken)
+        fixed = {"objective": "draft", "dtype": str(model.weight.dtype), "adapter": adapter}
+        fixed |= lasting(settings)
+        corpus, unseen = runs.open_data(out, fixed, data, heldout, model, tokenizer, broken)
         room = model.config.max_position_embeddings
         for source, documents in ((data, corpus), (heldout, unseen)):
             longest = int(documents.lengths.max()) if documents else 0
@@ -364,7 +357,6 @@ def draft(folder, data, heldout, out, broken, adapter, base, dtype, device, thre
             require(longest <= room, too_long)
         metrics = runs.run(Drafts(model, corpus, unseen, settings), out)
         if rank() == 0:
-            save_adapter(model, out, base or folder, digest, metrics.get("heldout_kept"))
+            save_adapter(model, out, folder, base_digest(model), metrics.get("heldout_kept"))
             line = shlex.join(["--model", folder, "--adapter", str(out), "--verify"])
             click.echo(f"The adapter is in {out}; try it: python cli.py generate {line}", err=True)
-        runs.wait_for_all()

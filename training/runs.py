@@ -12,28 +12,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial, wraps
-from itertools import islice
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Protocol
 
 import click
 import torch
 import torch.distributed as dist
-from click.core import ParameterSource
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from checkpoint import Tokenizer, read_json, replace_file
-from commands.console import OneSentence, own_device, threads_option
+from checkpoint import Tokenizer, brief, read_json, replace_file
+from commands.console import flag_of, options, own_device, say, threads_option
 from commands.prompts import lock_run
 from fastdllm import InputError, Qwen2, require
-from training.data import Corpus, Piece, file_hash
+from training.data import Corpus, file_hash
+from verify import base_digest
 
 # --- Settings ---
+
+MAY_BE_0 = ("lr", "warmup", "seed", "weight_decay", "ar_weight", "cache_gb")
+MAY_CHANGE = ("save_every", "keep", "eval_every", "eval_rows", "micro_batch", "recompute", "cache_gb")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class RunSettings:
     eval_rows: int = 64
 
     def __post_init__(self):
-        require_numbers(self, 1, "steps", "batch_size", "save_every", "keep", "eval_every", "eval_rows")
-        require_numbers(self, 0, "warmup", "seed", "lr")
-        require_numbers(self, 1e-9, "clip")
+        for name, value in vars(self).items():
+            if type(value) in (int, float):
+                ok = 0 < value < 2**63 or value == 0 and name in MAY_BE_0
+                allowed = "0 or " * (name in MAY_BE_0) + "a positive number below 2**63"
+                require(ok, f"{flag_of(name)} is {value}, it must be {allowed}.")
 
     @property
     def saves_every(self) -> int:
@@ -62,21 +67,18 @@ class RunSettings:
         return min(200, math.ceil(self.steps / 10)) if self.save_every is None else self.save_every
 
 
-def require_numbers(settings: RunSettings, low: float, *names: str) -> None:
-    """Raises InputError for a setting that is below `low`, infinite or NaN."""
-    for name in names:
-        value, flag = getattr(settings, name), name.replace("_", "-")
-        ok = value is None or low <= value < 2**63
-        require(ok, f"--{flag} is {value}, it must be a number from {low:g} up.")
+def lasting(settings: RunSettings) -> dict:
+    """Settings that a run keeps when it is resumed; the others change no step."""
+    return {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
 
 
 FOLDER, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
-option = partial(click.option, show_default=True)
 
 
 def run_options(settings: type[RunSettings]) -> Callable:
     """The options of every run as a decorator; `settings` has the values of those that are not given."""
-    options = (
+    option = click.option
+    return options(
         option("--model", "folder", required=True, help="Checkpoint to start from: a folder or Hub id."),
         option("--data", required=True, type=FILE, help="JSONL; `train.py show` shows what trains of it."),
         option("--out", required=True, type=FOLDER, help="Folder of the result, checkpoints and metrics."),
@@ -94,31 +96,9 @@ def run_options(settings: type[RunSettings]) -> Callable:
         option("--save-every", type=int, show_default="a tenth of --steps, at most 200",
                help="Steps between checkpoints: what a killed run computes again at most."),
         option("--keep", default=settings.keep, help="Checkpoints that stay, the last ones."),
-        option("--eval-every", default=settings.eval_every, help="Steps between looks at held-out data."),
-        option("--eval-rows", default=settings.eval_rows, help="Rows of held-out data per look."),
+        option("--eval-every", default=settings.eval_every, help="Steps between looks at --heldout."),
+        option("--eval-rows", default=settings.eval_rows, help="Rows of --heldout per look."),
     )  # fmt: skip
-
-    def decorate(command: Callable) -> Callable:
-        @wraps(command)
-        def checked(**given):
-            source_of = click.get_current_context().get_parameter_source
-            for name in ("eval_every", "eval_rows"):
-                if source_of(name) is ParameterSource.COMMANDLINE and not given["heldout"]:
-                    flag = "--" + name.replace("_", "-")
-                    raise OneSentence(f"{flag} is for held-out data; give --heldout too, or leave it out.")
-            return command(**given)
-
-        for one in reversed(options):
-            checked = one(checked)
-        return checked
-
-    return decorate
-
-
-def lasting(settings: RunSettings, *free: str) -> dict:
-    """Settings that may not change when a run is resumed: all but `free` and those that change no step."""
-    free += ("save_every", "keep", "eval_every", "eval_rows")
-    return {name: value for name, value in asdict(settings).items() if name not in free}
 
 
 # --- Processes ---
@@ -150,8 +130,7 @@ def wait_for_all() -> None:
 def first_process(work: Callable[[], None]) -> None:
     """Run long work in the first process while the others wait; its mistakes are raised in all of them."""
     if not dist.is_initialized():
-        work()
-        return
+        return work()
     problem = [None]
     # this group waits up to a day; the main group keeps its 30 minutes, so a hanging step still fails soon
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -182,14 +161,24 @@ def processes(device: str) -> Iterator[str]:
 
 @contextmanager
 def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
-    """This process's device, for the only run that writes to `out`. Raises InputError where there is one."""
+    """This process's device, for the only run that writes to `out`. Raises InputError where there is one.
+
+    Ctrl-C says what the same command goes on from.
+    """
     if threads:
         torch.set_num_threads(threads)
     with processes(device) as device:
         out.mkdir(parents=True, exist_ok=True)
         busy = f"{out}: another run is using it; wait for it, or take another --out."
         with lock_run(out / ".lock", busy) if rank() == 0 else nullcontext():
-            yield device
+            try:
+                yield device
+                wait_for_all()  # for the first process, which writes the result
+            except KeyboardInterrupt:
+                place = checkpoints(out)[-1] if checkpoints(out) else "the start"
+                if rank() == 0:
+                    click.echo(f"Interrupted; the same command goes on from {place}.", err=True)
+                raise
 
 
 class Whole(nn.Module):
@@ -214,8 +203,7 @@ def distribute(model: Qwen2, compute: torch.dtype, recompute: bool) -> Whole:
     """Ready to train, with float32 weights; of several processes each has a share of them (FSDP2).
 
     Several processes have weights and activations in the `compute` dtype; one has float32 weights, and only
-    matrix products are in `compute`.
-    With `recompute` only the layers' inputs are kept for the backward pass.
+    matrix products are in `compute`. With `recompute` only the layers' inputs are kept for the backward pass.
     """
     whole, layers = Whole(model, compute), model.model.layers
     if recompute:
@@ -266,35 +254,36 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def open_data(
-    out: Path, run: dict, data: Path, heldout: Path | None, tokenizer: Tokenizer, broken: str
+    out: Path, run: dict, data: Path, heldout: Path | None, model: Qwen2, tokenizer: Tokenizer, broken: str
 ) -> tuple[Corpus, Corpus | None]:
     """Training and held-out data, tokenised by the first process after it has checked that the run may go on.
 
-    run: what may not change when the run is resumed; it is kept in run.json. Raises InputError for a folder
-    with another run, and for data that cannot be used.
+    run: what may not change when the run is resumed; run.json keeps it, and digests of the data and of the
+    model as it begins. Raises InputError for a folder with another run, and for data that cannot be used.
     """
+    digest, mask = base_digest(model), model.config.mask_token_id
 
     def prepare():
-        file, now = out / "run.json", {"content": file_hash(data)} | run
+        file, now = out / "run.json", {"content": file_hash(data), "base_digest": digest} | run
         results = (out / name for name in ("config.json", "adapter_config.json"))
         foreign = any(result.exists() for result in results) and not file.exists()
         require(not foreign, f"{out}: holds a model that no run has made here; take another --out.")
-        if checkpoints(out) and file.exists():
-            known = read_json(file)
-            same = known.get("content") == now["content"]
-            require(same, f"{out}: holds a run on other data, or the data has changed; take another --out.")
-            for name, value in known.items():
-                differs = f"holds a run with {name} {value}, not {now.get(name)}"
-                require(now.get(name) == value, f"{out}: {differs}; take another --out.")
-        for old in (out / "checkpoints").glob(".*.tmp"):  # of a run that was killed
-            shutil.rmtree(old, ignore_errors=True)
+        known = read_json(file) if checkpoints(out) and file.exists() else {}
+        files = {"content": "other data", "base_digest": "another model"}
+        for name, value in known.items():
+            differs = f"{name} {value}, not {now.get(name)}"
+            differs = f"{files[name]}, or it has changed" if name in files else differs
+            same = now.get(name, value) == value
+            require(same, f"{out}: holds a run with {differs}; take another --out.")
+        for old in [*out.glob(".*.tmp"), *(out / "checkpoints").glob(".*.tmp")]:  # of a run that was killed
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         replace_file(file, partial(Path.write_text, data=json.dumps(now, indent=2) + "\n"))
-        Corpus.prepare(data, tokenizer, out / "tokens", broken)
+        Corpus.prepare(data, tokenizer, mask, out / "data.tokens", broken)
         if heldout:
-            Corpus.prepare(heldout, tokenizer, out / "heldout", broken)
+            Corpus.prepare(heldout, tokenizer, mask, out / "heldout.tokens", broken)
 
     first_process(prepare)
-    return Corpus.open(out / "tokens"), heldout and Corpus.open(out / "heldout")
+    return Corpus.open(out / "data.tokens"), heldout and Corpus.open(out / "heldout.tokens")
 
 
 def state_tensors(job: "Job") -> dict[str, Tensor]:
@@ -327,13 +316,20 @@ def save_checkpoint(out: Path, job: "Job", step: int) -> None:
             (part / CHECKSUM).write_text(file_hash(part / STATE))
             os.replace(part, place)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
-            reason = str(error).strip().splitlines()[-1]
             stays = "earlier ones stay, and the same command goes on from the last one"
-            raise InputError(f"{place}: the checkpoint cannot be written ({reason}); {stays}.") from None
+            problem = f"{place}: the checkpoint cannot be written ({brief(error)}); {stays}."
+            raise InputError(problem) from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         for old in checkpoints(out)[: -job.settings.keep]:
             shutil.rmtree(old, ignore_errors=True)
     wait_for_all()
+
+
+def is_damaged(place: Path) -> bool:
+    with suppress(OSError, UnicodeDecodeError):
+        return (place / CHECKSUM).read_text() != file_hash(place / STATE)
+    return True
 
 
 def load_checkpoint(out: Path, job: "Job") -> int:
@@ -341,18 +337,15 @@ def load_checkpoint(out: Path, job: "Job") -> int:
 
     Raises InputError where it is damaged, or of another model.
     """
-    if not checkpoints(out):
+    places = checkpoints(out)
+    damaged = [place.name for place in takewhile(is_damaged, reversed(places))]
+    before = places[: len(places) - len(damaged)]
+    then = f"goes on from {before[-1].name}" if before else "starts at step 0"
+    where = f"damaged checkpoints in {out / 'checkpoints'}: {', '.join(damaged)}"
+    require(not damaged, f"There are {where}; remove them, and the run {then}.")
+    if not places:
         return 0
-    place, tensors = checkpoints(out)[-1], state_tensors(job)
-
-    def check():
-        good = False
-        with suppress(OSError, UnicodeDecodeError):
-            good = (place / CHECKSUM).read_text() == file_hash(place / STATE)
-        damaged = f"{place}: the checkpoint is damaged; remove it, and the run goes on from the one before."
-        require(good, damaged)
-
-    first_process(check)
+    place, tensors = places[-1], state_tensors(job)
     with safe_open(place / STATE, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         same = shapes == {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -371,24 +364,15 @@ def load_checkpoint(out: Path, job: "Job") -> int:
 
 
 class Job(Protocol):
-    """What `run` trains."""
+    """What `run` trains. A step depends on the settings, its rows and its number alone."""
 
     settings: RunSettings  # with a method learning_rate(step)
     trained: dict[str, Tensor]  # parameters by name
     optimizer: torch.optim.Optimizer
     row_tokens: int  # positions of a row
-
-    def rows(self) -> Iterator[list[Piece]]:
-        """The training data's rows without an end, in an order that follows from the seed."""
-
-    def step(self, rows: list[list[Piece]], number: int, progress: Callable[[int], None]) -> dict[str, float]:
-        """Losses of step `number`, whose gradients it leaves in the parameters.
-
-        It depends on the settings, the rows and its number alone. `progress` is told how many rows have run.
-        """
-
-    def evaluate(self) -> dict:
-        """Losses on held-out data; nothing where there is none."""
+    rows: Callable  # () -> an iterator over rows of the data, without an end, in a seeded order
+    step: Callable  # (rows, number, progress) -> losses, with gradients left; progress(rows that have run)
+    evaluate: Callable  # () -> losses on held-out data, {} where there is none
 
 
 def run(job: Job, out: Path) -> dict:
@@ -403,6 +387,8 @@ def run(job: Job, out: Path) -> dict:
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     lines = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
     complete, record = done == settings.steps, json.loads(lines[-1]) if lines else {}
+    if settings.warmup > settings.steps:
+        say(f"--warmup {settings.warmup} is more than --steps {settings.steps}: the rate never reaches --lr.")
     if rank() == 0:
         begin = f"Resuming at step {done}." if done else "No checkpoint yet, starting at step 0."
         click.echo(f"All {done} steps are done already." if complete else begin, err=True)
@@ -418,10 +404,8 @@ def run(job: Job, out: Path) -> dict:
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
             norm = (norm.full_tensor() if is_shared(norm) else norm).item()
             if not all(map(math.isfinite, (norm, *losses.values()))):
-                documents = sorted({document for row in rows for document, _, _ in row})[:8]
                 problem = f"step {step + 1}: the loss is NaN or infinite ({losses}, gradient norm {norm})"
-                where = f"of its documents are {', '.join(map(str, documents))}, counted from 0"
-                raise InputError(f"{problem}; {where}; the checkpoints stay; a lower --lr may help.")
+                raise InputError(f"{problem}; the checkpoints stay; a lower --lr may help.")
             for group in job.optimizer.param_groups:
                 group["lr"] = settings.learning_rate(step)
             job.optimizer.step()
