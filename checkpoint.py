@@ -20,8 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from jinja2 import Template, TemplateError, nodes
-from jinja2.compiler import CodeGenerator
+from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
@@ -54,8 +53,7 @@ CHATML = """
 {{- '<|im_start|>' ~ m.role ~ '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-MAX_TEXT = 2**24  # characters of a rendered conversation, several times what the longest context holds
-MAX_STEPS = 2**20  # calls and turns of loops in one rendering: seconds
+MAX_WORK = 2**24  # of one rendering: characters, turns of loops over a range, and 64 for a call; seconds
 
 
 class Generation(Extension):
@@ -68,27 +66,18 @@ class Generation(Extension):
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
-class CountedLoops(CodeGenerator):
-    """Every `{% for %}` takes its items from `Sandbox.counted`."""
-
-    def visit_For(self, node, frame):
-        node.iter = nodes.Call(nodes.EnvironmentAttribute("counted"), [node.iter], [], None, None)
-        super().visit_For(node, frame)
-
-
 class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja as chat templates expect it, and bounded: what is not data is refused, and loops end."""
-
-    code_generator_class = CountedLoops
 
     def __init__(self):
         extensions = [loopcontrols, Generation]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.writable)
-        self.filters["tojson"] = self.to_json
-        del self.globals["lipsum"]  # it would write without end
+        # Jinja's own filter escapes HTML, which would change the text
+        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.globals["raise_exception"] = self.fail
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self.steps = 0
+        del self.globals["lipsum"]  # it would write without end
+        self.compile_once = lru_cache(maxsize=8)(self.from_string)
 
     def fail(self, message: str) -> None:
         raise TemplateError(message)
@@ -98,50 +87,33 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.fail("it writes a null, such as a content, as text")
         return value
 
-    def to_json(self, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter escapes HTML, which would change the text
-        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            self.fail(f"it does not end within {MAX_STEPS:,} steps")
-
-    def counted(self, items: Iterable) -> Iterator:
-        for item in items:
-            self.step()
-            yield item
+    def spend(self, work: int) -> None:
+        self.work += work
+        if self.work > MAX_WORK:
+            self.fail("it writes too much, or does not end")
 
     def call(self, *args, **options):
-        self.step()
-        return super().call(*args, **options)
+        result = super().call(*args, **options)
+        self.spend(64 + (len(result) if isinstance(result, range) else 0))
+        return result
 
     def unsafe_undefined(self, obj, attribute):
         self.fail(f"{attribute!r} of a {type(obj).__name__} is outside what a template may use")
 
+    def write(self, template: str, variables: dict) -> str:
+        """Raises InputError with the template's own message where it is broken, raises, or does not end."""
+        pieces, self.work = [], 0
+        try:
+            for piece in self.compile_once(template).generate(variables):
+                pieces.append(piece)
+                self.spend(len(piece))
+        except Exception as error:  # a template may raise anything
+            reason = brief(error).rstrip(".") or type(error).__name__
+            raise InputError(f"The chat template cannot write this conversation: {reason}.") from None
+        return "".join(pieces)
+
 
 SANDBOX = Sandbox()
-
-
-@lru_cache(maxsize=8)
-def compile_template(template: str) -> Template:
-    return SANDBOX.from_string(template)
-
-
-def render_template(template: str, variables: dict) -> str:
-    """Raises InputError with the template's own message where it is broken, raises, or does not end."""
-    pieces, length, SANDBOX.steps = [], 0, 0
-    try:
-        for piece in compile_template(template).generate(variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > MAX_TEXT:
-                SANDBOX.fail(f"it writes more than {MAX_TEXT:,} characters")
-    except Exception as error:  # a template may raise anything
-        reason = brief(error).rstrip(".") or type(error).__name__
-        raise InputError(f"The chat template cannot write this conversation: {reason}.") from None
-    return "".join(pieces)
 
 
 # --- Tokenizer ---
@@ -151,21 +123,9 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TOKENIZER_FILES = (
-    "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json special_tokens_map.json "
-    "chat_template.jinja"
-).split()
+TOKENIZER_FILES = "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json".split()
+TOKENIZER_FILES += ["special_tokens_map.json", "chat_template.jinja"]
 MASK = "|<MASK>|"
-
-
-def call_tokenizer(problem: str, function: Callable, *args, **options):
-    """`function`'s result. Raises InputError with `problem` where the tokenizers library fails."""
-    try:
-        return function(*args, **options)
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
-        raise InputError(f"{problem}: {brief(repr(error))}") from None
 
 
 class Tokenizer:
@@ -181,12 +141,12 @@ class Tokenizer:
         bos = self.id(self.special.get("bos_token", "")) if settings.get("add_bos_token") else None
         self.begin = [] if bos is None else [bos]  # of a text that is no chat
         self.templates, self.template_source = {}, "none"  # the templates by name
-        if template := files.get("chat_template.jinja", b"").decode() or settings.get("chat_template"):
+        own, chatml = files.get("chat_template.jinja", b"").decode(), ("<|im_start|>", "<|im_end|>")
+        if template := own or settings.get("chat_template"):
             named = template if isinstance(template, list) else [{"name": "default", "template": template}]
             self.templates = {entry["name"]: entry["template"] for entry in named}
-            names = ("chat_template.jinja", "tokenizer_config.json")
-            self.template_source = next(name for name in names if name in files)
-        elif None not in (self.id("<|im_start|>"), self.id("<|im_end|>")):
+            self.template_source = "chat_template.jinja" if own else "tokenizer_config.json"
+        elif None not in map(self.id, chatml):
             self.templates, self.template_source = {"default": CHATML}, "ChatML (no template in the files)"
         self.template = self.templates.get("default")
 
@@ -195,9 +155,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens in the text are recognised. Raises InputError for invalid text."""
-        valid = text.isascii() or text.encode(errors="ignore").decode() == text
-        require(valid, f"No valid Unicode text: {brief(ascii(text))}.")
-        return call_tokenizer("Cannot encode text", self.encoder.encode, text, add_special_tokens=False).ids
+        try:
+            return self.encoder.encode(text, add_special_tokens=False).ids
+        except Exception:  # the library has none of its own
+            problem = f"No valid Unicode text, or none that the tokenizer takes: {brief(ascii(text))}."
+            raise InputError(problem) from None
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text that is no chat, with a begin token where the tokenizer's settings add one."""
@@ -208,14 +170,12 @@ class Tokenizer:
         return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def chat(
-        self, messages: Sequence[dict], tools: list | None = None, add_generation_prompt: bool = True
+        self, messages: list, tools: list | None = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of `render`'s text, and of nothing else. Raises InputError as `render` and `encode`."""
         return self.encode(self.render(messages, tools, add_generation_prompt))
 
-    def render(
-        self, messages: Sequence[dict], tools: list | None = None, add_generation_prompt: bool = True
-    ) -> str:
+    def render(self, messages: list, tools: list | None = None, add_generation_prompt: bool = True) -> str:
         """A conversation as the checkpoint's template writes it, up to where the assistant's turn begins.
 
         Messages have `role`, `content` and whatever else the template reads; a null is as if left out, but
@@ -226,29 +186,25 @@ class Tokenizer:
         advice = "put a chat_template.jinja into its folder, or continue a text with `generate --raw`"
         require(template, f"{problem}; {advice}.")
         require(not tools or "tools" in template, "The checkpoint's chat template has no place for tools.")
-        kept = lambda key, value: value is not None or key == "content"
-        messages = [{k: v for k, v in message.items() if kept(k, v)} for message in messages]
+        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        text = render_template(template, self.special | given)
-        for message in messages[:1]:  # some templates drop a system message
-            system = message["content"] if message.get("role") == "system" else None
-            written = not isinstance(system, str) or "".join(system.split()) in "".join(text.split())
-            require(written, "The chat template leaves the system message out; put its text into the prompt.")
+        text = SANDBOX.write(template, self.special | given)
+        system = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
+        written = not isinstance(system, str) or "".join(system.split()) in "".join(text.split())
+        require(written, "The chat template leaves the system message out; put its text into the prompt.")
         return text
 
     def default_system(self) -> str | None:
         """The system message that the template writes where a chat has none."""
-        system = {"role": "system", "content": "A SYSTEM MESSAGE"}
-        user = {"role": "user", "content": "A USER MESSAGE"}
+        chat = [{"role": "system", "content": "A SYSTEM"}, {"role": "user", "content": "A USER"}]
         try:
-            before, _, after = self.render([system, user]).partition("A SYSTEM MESSAGE")
-            text = self.render([user])
-        except InputError:  # no template, or one that takes no such chat
+            before, after = self.render(chat).split("A SYSTEM")
+            text = self.render(chat[1:])
+        except (InputError, ValueError):  # no template, or one that takes no such chat
             return None
         # the default stands between what surrounds a message that is given
-        if not (after and text.startswith(before) and text.endswith(after)):
-            return None
-        return text[len(before) : len(text) - len(after)] or None
+        found = re.fullmatch(re.escape(before) + "(.+)" + re.escape(after), text, re.DOTALL)
+        return found and found[1]
 
     def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
         """Text of ids that arrive in chunks; a character is yielded as soon as its last byte has arrived."""
@@ -261,14 +217,15 @@ class Tokenizer:
         yield self.decode(ids)[written:]  # bytes that never became a character
 
 
+text_of = lambda token: token["content"] if isinstance(token, dict) and "content" in token else token
+
+
 def read_settings(files: dict[str, bytes]) -> dict:
     """What tokenizer_config.json says, and special_tokens_map.json where it says nothing; tokens as text."""
-    text = lambda token: token["content"] if isinstance(token, dict) and "content" in token else token
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         own = json.loads(files.get(name, b"{}")).items()
-        settings |= {key: text(value) for key, value in own if value is not None}
-    settings["additional_special_tokens"] = [*map(text, settings.get("additional_special_tokens", []))]
+        settings |= {key: text_of(value) for key, value in own if value is not None}
     return settings
 
 
@@ -279,24 +236,19 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     complete = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()
     require(complete, f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, must be there.")
-    return call_tokenizer(f"{folder}: the tokenizer files cannot be read", build_tokenizer, folder, files)
+    try:
+        return Tokenizer(build_encoder(folder, files), files)
+    except Exception as error:  # the library has none of its own
+        raise InputError(f"{folder}: the tokenizer files cannot be read: {brief(error)}") from None
 
 
-def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
-    settings, listed = read_settings(files), {}  # id -> added token
-    flagged = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
-    if "added_tokens.json" in files and not flagged:  # it does not say which ones are special
-        named = [value for key, value in settings.items() if key.endswith("_token")]
-        named += [MASK, *settings["additional_special_tokens"]]
-        for text, i in json.loads(files["added_tokens.json"]).items():
-            shaped = re.fullmatch(r"<\|.*\|>", text) is not None  # as in Qwen's own tokenizer
-            listed[i] = {"content": text, "special": shaped or text in named}
+def build_encoder(folder: Path, files: dict[str, bytes]) -> Encoder:
+    settings = read_settings(files)
+    added = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
     if "tokenizer.json" in files:
         encoder = Encoder.from_buffer(files["tokenizer.json"])
         encoder.no_truncation()
         encoder.no_padding()
-        own = json.loads(files["tokenizer.json"]).get("added_tokens", [])
-        listed |= {entry["id"]: entry for entry in own}
     else:
         encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
         encoder.normalizer = normalizers.NFC()
@@ -304,15 +256,19 @@ def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
         in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         encoder.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
         encoder.decoder = decoders.ByteLevel()
-    for i, entry in sorted((listed | flagged).items()):
+        named = [value for key, value in settings.items() if key.endswith("_token")]
+        named += [MASK, *map(text_of, settings.get("additional_special_tokens", []))]
+        for text, i in json.loads(files.get("added_tokens.json", b"{}")).items():
+            # the file does not say which ones are special: those of this form, as in Qwen's own tokenizer
+            special = text in named or re.fullmatch(r"<\|.*\|>", text) is not None
+            added.setdefault(i, {"content": text, "special": special})
+    for i, entry in sorted(added.items()):
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
-        add = encoder.add_special_tokens if token.special else encoder.add_tokens
-        add([token])
+        encoder.add_tokens([token])
         got = encoder.token_to_id(token.content)  # the library numbers tokens itself and ignores listed ids
-        what = f"added token {token.content!r:.100}"
-        require(got == i, f"{folder}: {what} is listed as id {i} but becomes {got}.")
-    return Tokenizer(encoder, files)
+        require(got == i, f"added token {token.content!r:.100} is listed as id {i} but becomes {got}.")
+    return encoder
 
 
 # --- Load and save ---
