@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 from torch import Tensor, nn
@@ -284,7 +284,8 @@ HUB_ERRORS = {
     "GatedRepoError": "its terms must be accepted there, then `hf auth login` helps",
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")  # Transformers, MLX, older files
-LONG, TRAINED = "dual_chunk_attention_config", "original_max_position_embeddings"
+LONG = "dual_chunk_attention_config"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
@@ -335,12 +336,11 @@ def shards(folder: Path) -> list[str]:
     """Names of the checkpoint's weight files. Raises InputError for an index that names anything else."""
     if not (folder / INDEX).is_file():
         return ["model.safetensors"]
-    index = read_json(folder / INDEX).get("weight_map")
+    index = read_json(folder / INDEX).get("weight_map") or {}
+    names = sorted(set(map(str, index.values())))
     # a download reads the names as patterns, so only plain names are allowed
-    plain = lambda name: isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
-    ok = isinstance(index, dict) and index and all(map(plain, index.values()))
+    ok = names and all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names)
     require(ok, f"{folder / INDEX}: weight_map must name .safetensors files of the same folder.")
-    names = sorted(set(index.values()))
     ok = "model.safetensors" in names or not (folder / "model.safetensors").is_file()
     require(ok, f"{folder}: holds {INDEX} and a model.safetensors that it does not name; remove one.")
     return names
@@ -348,8 +348,8 @@ def shards(folder: Path) -> list[str]:
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes by name in a safetensors file. Raises InputError for damage, and for dtypes not in `DTYPES`."""
-    from_these = f"weights are read from model.safetensors, or from the files that {INDEX} names"
-    require(path.is_file(), f"{path.parent}: {path.name} is missing; {from_these}.")
+    these = "weights are read from .safetensors files, not from .bin or .gguf"
+    require(path.is_file(), f"{path.parent}: {path.name} is missing; {these}.")
     try:
         with safe_open(path, framework="pt") as weights:
             parts = {name: weights.get_slice(name) for name in weights.keys()}
@@ -376,67 +376,48 @@ def pick_device(device: str) -> str:
 
 
 is_integer = lambda low: lambda x: type(x) is int and low <= x < 2**31
-is_number = lambda low, high: lambda x: type(x) in (int, float) and low <= x <= high
+is_positive = lambda x: type(x) in (int, float) and x > 0
 is_plain = lambda x: isinstance(x, dict) and x.get("rope_type", x.get("type", "default")) == "default"
 as_list = lambda x: x if isinstance(x, list) else [] if x is None else [x]
 
 # key of config.json -> whether a value is valid, and what it must be
 RULES: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys([*SIZES, "bd_size"], (is_integer(1), "a positive integer below 2**31")),
-    "rms_norm_eps": (is_number(0, 1), "a number from 0 to 1"),
-    "rope_theta": (is_number(1, 1e12), "a number from 1 to 1e12"),
+    **dict.fromkeys(["rms_norm_eps", "rope_theta"], (is_positive, "a positive number")),
     "tie_word_embeddings": (lambda x: type(x) is bool, "true or false"),
     "mask_token_id": (is_integer(0), "a token id"),
     "architectures": (lambda x: any("ForCausalLM" in name for name in as_list(x)), "a language model's"),
-    "clean": (
-        lambda x: x == "block",
-        "block: models of a causal clean copy, which an earlier version made, are not decoded any more",
-    ),
     "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
     "hidden_act": (lambda x: x == "silu", "silu"),
     "is_causal": (lambda x: x is True, "true: an encoder such as an embedding model writes no text"),
     "rope_scaling": (is_plain, "null: scaled rotary positions are not built"),
     "rope_parameters": (is_plain, "of rope_type default: rope_scaling is not built"),
     "use_sliding_window": (lambda x: x is False, "false: sliding windows are not built"),
-    "layer_types": (lambda x: all(kind == "full_attention" for kind in as_list(x)), "full_attention"),
-    LONG: (lambda x: isinstance(x, dict) and is_integer(1)(x.get(TRAINED)), f"an object with {TRAINED}"),
 }
 
 
 def parse_config(raw: dict) -> Config:
     """From the contents of `config.json`. Raises InputError for invalid values and for what is not built."""
-    kind = raw.get("model_type")
-    quantised = next(filter(None, map(raw.get, QUANTISED)), None)
+    kind, quantised = raw.get("model_type"), next(filter(None, map(raw.get, QUANTISED)), {})
     problem = f"model_type is {reprlib.repr(kind)}, which is no Qwen2"
     require(kind in KINDS, f"config.json: {problem}; {' and '.join(KINDS)} work.")
-    method = quantised.get("quant_method", "no name") if isinstance(quantised, dict) else quantised
-    problem = f"the weights are quantised ({reprlib.repr(method)})"
+    method = reprlib.repr(quantised.get("quant_method", "no name"))
     advice = "dequantise them first, or take the checkpoint they were made from"
-    require(not quantised, f"config.json: {problem}; {advice}.")
-    rope, c = raw.get("rope_parameters"), {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None  # where newer Transformers keep it
-    for part in (raw, {"rope_theta": theta}):
-        c |= {key: value for key, value in part.items() if value is not None}
+    require(not quantised, f"config.json: the weights are quantised ({method}); {advice}.")
+    c = {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
+    c |= {key: value for key, value in raw.items() if value is not None}
+    if is_plain(rope := c.get("rope_parameters", {})):  # where newer Transformers keep it
+        c["rope_theta"] = rope.get("rope_theta", c["rope_theta"])
     for key, (valid, rule) in RULES.items():  # reprlib is short, also for values too deep for repr
         ok = valid(c[key]) if key in c else key not in SIZES or key == "head_dim"
         require(ok, f"config.json: {key} is {reprlib.repr(c.get(key))}, it must be {rule}.")
-    hidden, heads, groups = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
-    c["head_dim"], vocab, mask = c.get("head_dim", hidden // heads), c["vocab_size"], c.get("mask_token_id")
+    c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
     if LONG in c:  # beyond these positions it needs an attention of its own
-        c["max_position_embeddings"] = min(c["max_position_embeddings"], c[LONG][TRAINED])
-    for ok, problem in [
-        ("head_dim" in raw or hidden % heads == 0, f"hidden_size {hidden} does not divide by {heads} heads"),
-        (heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"),
-        (c["head_dim"] % 2 == 0, f"head_dim is {c['head_dim']}, rotary positions need an even one"),
-        (mask is None or mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
-    ]:
-        require(ok, f"config.json: {problem}.")
-    return Config(
-        **{key: c[key] for key in SAME_KEYS if key in c},
-        block_size=c["bd_size"],
-        mask_token_id=mask,
-        stop_token_ids=tuple(as_list(c.get("eos_token_id"))),
-    )
+        c["max_position_embeddings"] = c[LONG]["original_max_position_embeddings"]
+    mask, rows = c.get("mask_token_id"), c["vocab_size"]
+    require(mask is None or mask < rows, f"config.json: mask_token_id {mask} is not below vocab_size {rows}.")
+    c |= {"block_size": c["bd_size"], "stop_token_ids": tuple(as_list(c.get("eos_token_id")))}
+    return Config(**{name: c[name] for name in NAMES if name in c})
 
 
 def unparse_config(c: Config) -> dict:
@@ -454,38 +435,32 @@ def unparse_config(c: Config) -> dict:
     return {key: value for key, value in raw.items() if value not in (None, [])}
 
 
-def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
-    """The checkpoint's config, with stop and mask tokens of `generation_config.json` and the tokenizer.
+def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
+    """Folder, config and tokenizer of a checkpoint; `weights=False` leaves out a Hub id's weights.
 
-    Warns where a checkpoint for long contexts is limited to those that it was trained on.
+    generation_config.json and the tokenizer name further stop tokens, and the mask. Warns where a checkpoint
+    for long contexts is limited to those that it was trained on.
     """
+    folder = locate(path, weights=False)
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; merge it into its base first.")
     raw = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         more = read_json(folder / "generation_config.json").get("eos_token_id")
         raw["eos_token_id"] = as_list(raw.get("eos_token_id")) + as_list(more)
-    config = parse_config(raw)
-    most = config.max_position_embeddings
+    config, tokenizer = parse_config(raw), None
+    most, stops, mask = config.max_position_embeddings, config.stop_token_ids, config.mask_token_id
     if most < raw["max_position_embeddings"]:
         warnings.warn(f"{folder}: only {most:,} positions are used: {LONG} is not built.", stacklevel=2)
-    stops, mask, size = list(config.stop_token_ids), config.mask_token_id, None
-    if tokenizer:
-        ends = (tokenizer.special.get("eos_token", ""), "<|im_end|>", "<|endoftext|>")
-        stops += [i for i in map(tokenizer.id, ends) if i is not None]
-        mask = tokenizer.id(MASK) if mask is None else mask
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        tokenizer = load_tokenizer(folder)
         size, rows = tokenizer.size, config.vocab_size
         require(size <= rows, f"{folder}: the tokenizer has {size} ids, the embedding only {rows} rows.")
-    stops = tuple(dict.fromkeys(stops))
-    return replace(config, mask_token_id=mask, stop_token_ids=stops, tokenizer_size=size)
-
-
-def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
-    """Folder, config and tokenizer of a checkpoint; `weights=False` leaves out a Hub id's weights."""
-    folder = locate(path, weights=False)
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; merge it into its base first.")
-    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    config = read_config(folder, tokenizer)
+        ends = map(tokenizer.id, (tokenizer.special.get("eos_token", ""), "<|im_end|>", "<|endoftext|>"))
+        stops += tuple(i for i in ends if i is not None)
+        mask = tokenizer.id(MASK) if mask is None else mask
+        config = replace(config, mask_token_id=mask, tokenizer_size=size)
+    config = replace(config, stop_token_ids=tuple(dict.fromkeys(stops)))
     return locate(path, weights), config, tokenizer
 
 
@@ -502,36 +477,22 @@ def load(
     folder, config, tokenizer = read_checkpoint(path)
     with torch.device("meta"):
         model = Qwen2(config)
-    load_weights(model, folder, device, wanted)
-    return model.eval(), tokenizer
-
-
-def load_weights(model: Qwen2, folder: Path, device: str, dtype: torch.dtype | None) -> None:
-    """Fill a model on the meta device. Tensors are read one by one, so memory holds the weights once."""
-    expected = {name: list(p.shape) for name, p in model.named_parameters()}  # without a tied head
-    files = {}
+    tensors = {}
     for file in shards(folder):
-        for name, shape in tensor_shapes(folder / file).items():
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # older files repeat what rope_theta says
-            files[name], wanted = file, expected.get(name, shape)
-            require(shape == wanted, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
-    tied_head = model.config.tie_word_embeddings and files.pop("lm_head.weight", None)  # some files repeat it
-    missing, unknown = expected.keys() - files, files.keys() - expected
-    for names, problem in [(missing, "missing"), (unknown, "not part of this model")]:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        require(not names, f"{folder}: tensor {brief(min(names, default=''))} is {problem}{more}.")
-    for name in expected:  # the embedding comes first and decides the dtype "auto"
-        with safe_open(folder / files[name], "pt") as weights:  # opened anew, so that its pages are freed
-            tensor = weights.get_tensor(name)
-        dtype = dtype or tensor.dtype
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+        tensor_shapes(folder / file)  # refuses a damaged file
+        tensors |= load_file(folder / file)
+    # older files repeat what rope_theta says
+    tensors = {name: w for name, w in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and EMBEDDING in tensors:
+        same = torch.equal(tensors.setdefault(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING])
+        require(same, f"{folder}: {HEAD} is not the embedding, but tie_word_embeddings is true.")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # its second line begins to say which names or shapes are wrong
+        problem = brief(str(error).partition("\n")[2])
+        raise InputError(f"{folder}: the weights are not those of config.json: {problem}") from None
     model.tie()
-    if tied_head:
-        with safe_open(folder / tied_head, "pt") as weights:
-            same = torch.equal(weights.get_tensor("lm_head.weight").to(device, dtype), model.lm_head.weight)
-        require(same, f"{tied_head}: lm_head.weight is not the embedding, but tie_word_embeddings is true.")
+    return model.to(device, wanted or model.weight.dtype).eval(), tokenizer
 
 
 def require_plain(model: nn.Module, doing: str) -> None:

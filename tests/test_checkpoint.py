@@ -11,7 +11,7 @@ import sys
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, write_files
+from conftest import ROOT, change_config, write_files
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,18 +24,8 @@ NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_toke
 INDEX, SECOND = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
 
 
-@pytest.fixture
-def folder(folders, tmp_path):
-    """A copy of the untied golden checkpoint that a test may damage."""
-    return shutil.copytree(folders["untied"], tmp_path / "copy")
-
-
 def config_of(folder):
     return json.loads((folder / "config.json").read_text())
-
-
-def edit_config(folder, **changes):
-    write_files(folder, {"config.json": config_of(folder) | changes})
 
 
 def edit_weights(folder, changes):
@@ -130,14 +120,14 @@ TOKENIZER_FILES = {
 
 def test_stop_and_mask_ids_come_from_the_files_that_have_them(folder, shipped):
     stops_of = lambda folder: load(folder, "cpu")[0].config.stop_token_ids
-    edit_config(folder, eos_token_id=None, mask_token_id=None)
+    change_config(folder, eos_token_id=None, mask_token_id=None)
     write_files(folder, {"generation_config.json": {"eos_token_id": [17, 18]}})
     assert stops_of(folder) == (17, 18)
     write_files(folder, TOKENIZER_FILES)  # which names its end as an object
     assert stops_of(folder) == (17, 18, 2)
     tokenizer = shipped[1]
     write_files(folder, dict.fromkeys(TOKENIZER_FILES, "{}") | tokenizer.files)
-    edit_config(folder, vocab_size=tokenizer.size, eos_token_id=16)
+    change_config(folder, vocab_size=tokenizer.size, eos_token_id=16)
     edit_weights(folder, {name: torch.zeros(tokenizer.size, 64) for name in (HEAD, EMBEDDING)})
     config = load(folder, "cpu")[0].config
     assert config.mask_token_id == tokenizer.id("|<MASK>|") and config.tokenizer_size == tokenizer.size
@@ -226,11 +216,10 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({NORM: None}, "tensor model.norm.weight is missing."),
-    ({NORM: None, HEAD: None}, "tensor lm_head.weight is missing (and 1 more)."),
-    ({"extra": torch.zeros(2)}, "tensor extra is not part of this model."),
-    ({"a\nb" * 1000: torch.zeros(2)}, "tensor a ba b"),
-    ({NORM: torch.zeros(65)}, "model.norm.weight has shape [65], the config asks for [64]."),
+    ({NORM: None}, 'Missing key(s) in state_dict: "model.norm.weight".'),
+    ({"extra": torch.zeros(2)}, 'Unexpected key(s) in state_dict: "extra".'),
+    ({"a\nb" * 1000: torch.zeros(2)}, 'Unexpected key(s) in state_dict: "a ba b'),
+    ({NORM: torch.zeros(65)}, "size mismatch for model.norm.weight: copying a param with shape torch.Size([65])"),
     ({NORM: torch.zeros(64).double()}, "model.norm.weight is F64, only F32, BF16 and F16 are loaded."),
     ({NORM: torch.zeros(64).to(torch.float8_e5m2)}, "model.norm.weight is F8_E5M2, only"),
     ({"extra" * 999: torch.zeros(2, dtype=torch.uint8)}, "... is U8, only"),
@@ -264,14 +253,13 @@ def test_json_that_cannot_be_read_is_named(folder, name):
 @pytest.mark.parametrize("key, value", [
     ("hidden_size", None), ("hidden_size", 2**31), ("vocab_size", "many"), ("bd_size", 0), ("bd_size", True),
     ("mask_token_id", "x"), ("rms_norm_eps", -1e-6), ("tie_word_embeddings", "no"),
-    ("rope_theta", "1e6"), ("rope_theta", 1e30), ("rope_theta", -1.0), ("rope_theta", float("nan")),
+    ("rope_theta", "1e6"), ("rope_theta", -1.0), ("rope_theta", float("nan")),
     ("eos_token_id", [[300]]), ("eos_token_id", -1), ("eos_token_id", "300"), ("eos_token_id", True),
     ("rope_scaling", {"type": "yarn", "factor": 4.0}), ("rope_parameters", {"rope_type": "yarn"}),
-    ("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"]),
-    ("hidden_act", "gelu" * 200), ("dual_chunk_attention_config", {"chunk_size": 7}),
+    ("use_sliding_window", True), ("hidden_act", "gelu" * 200),
 ], ids=str)  # fmt: skip
 def test_a_value_of_the_config_that_cannot_work_is_named_with_what_would(folder, key, value):
-    edit_config(folder, **{key: value})
+    change_config(folder, **{key: value})
     assert refusal(folder).startswith(f"config.json: {key} is {reprlib.repr(value)}, it must be ")
 
 
@@ -280,16 +268,16 @@ def test_a_value_of_the_config_that_cannot_work_is_named_with_what_would(folder,
     ({"model_type": "qwen2_moe" * 999}, "which is no Qwen2"),
     ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2"}, "hidden_size": None}, "which is no Qwen2"),
     ({"quantization_config": {"bits": 4}, "vocab_size": 7}, "the weights are quantised ('no name'); dequantise"),
-    ({"hidden_size": 66}, "does not divide by 4 heads"),
-    ({"head_dim": 15}, "head_dim is 15, rotary positions need an even one"),
-    ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
-    ({"mask_token_id": 320}, "mask_token_id 320 is outside the vocabulary of 320"),
-    ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e30}}, "rope_theta is 1e+30"),
+    ({"hidden_size": 66}, "the weights are not those of config.json: size mismatch for model.embed_tokens"),
+    ({"head_dim": 15}, "size mismatch for model.layers.0.self_attn.q_proj.weight"),
+    ({"num_key_value_heads": 3}, "size mismatch for model.layers.0.self_attn.k_proj.weight"),
+    ({"num_hidden_layers": 3}, 'Missing key(s) in state_dict: "model.layers.2.'),
+    ({"mask_token_id": 320}, "mask_token_id 320 is not below vocab_size 320"),
+    ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'"),
     ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
-    ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing (and 11 more)"),
 ])  # fmt: skip
 def test_configs_that_contradict_themselves_or_ask_for_more_are_refused(folder, changes, message):
-    edit_config(folder, **changes)
+    change_config(folder, **changes)
     assert message in refusal(folder)
 
 
@@ -311,7 +299,7 @@ def test_what_can_be_refused_is_refused_before_more_is_fetched(folder, hub, ship
     write_files(folder, shipped[1].files)
     assert "the tokenizer has 749 ids, the embedding only 320 rows" in refusal("somebody/tiny")
     assert not any(name.endswith(".safetensors") for names in hub for name in names)
-    edit_config(folder, model_type="gemma3")
+    change_config(folder, model_type="gemma3")
     hub.clear()
     assert refusal("somebody/gemma").startswith("config.json: model_type is 'gemma3'")
     assert hub == [["config.json"]]
