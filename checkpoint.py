@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -300,35 +301,47 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def near_miss(path: Path) -> Path | None:
+    """The folder that a mistyped path may mean."""
+    parent = path.parent if path.parent.is_dir() else near_miss(path.parent)
+    names = [place.name for place in parent.iterdir() if place.is_dir()] if parent else []
+    return next((parent / name for name in get_close_matches(path.name, names, 1)), None)
+
+
 def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | None = None) -> Path:
     """The folder `path`, or of a Hub id the download: `files`, else a checkpoint with `weights` or not.
 
     A checkpoint's config.json is fetched and judged before the rest. Raises InputError for no such place.
     """
-    if Path(path).is_dir():
-        return Path(path)
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
-    kind = "an adapter's" if files else "a checkpoint's"
-    advice = f"give {kind} folder, or a Hub id like owner/name where there is no folder named owner"
-    require(hub_id, f"{brief(path)}: no such folder; {advice}.")
+    folder, kind = Path(path), "an adapter's" if files else "a checkpoint's"
+    if folder.is_dir():
+        return folder
+    require(not folder.exists(), f"{path}: is a file; give {kind} folder.")
+    near, is_id = near_miss(folder), re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path))
+    advice = f"give {kind} folder, or a Hub id like owner/name where there is no folder named owner."
+    mistyped = not is_id or folder.parent.is_dir() or near and near.name == folder.name
+    advice = f"did you mean {near}?" if near else advice
+    require(not mistyped, f"{brief(path)}: no such folder; {advice}")
+    if files:
+        return download(path, files)
+    parse_config(read_json(download(path, ["config.json"]) / "config.json"))
+    small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
+    folder = download(path, small)  # with the index, which names the weight files
+    return download(path, [*small, *shards(folder)]) if weights else folder
+
+
+def download(hub_id: str, names: list[str]) -> Path:
+    """The local folder of a Hub repository, with the named files. Raises InputError where that fails."""
     from huggingface_hub import logging, snapshot_download  # only needed here
 
     logging.set_verbosity_error()  # a failure is said once, below
-    download = lambda names: Path(snapshot_download(str(path), allow_patterns=names))
     try:
-        if files:
-            return download(files)
-        parse_config(read_json(download(["config.json"]) / "config.json"))
-        small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
-        folder = download(small)  # with the index, which names the weight files
-        return download([*small, *shards(folder)]) if weights else folder
-    except InputError:
-        raise
+        return Path(snapshot_download(str(hub_id), allow_patterns=names))
     except Exception as error:  # no network, no such repository, no space
         reason = HUB_ERRORS.get(type(error).__name__) or brief(error) or type(error).__name__
         raise InputError(
-            f"{path}: no such folder, and not reachable as a Hub id ({reason}); where there is a network, "
-            f"`hf download {path} --local-dir FOLDER` fetches it, then give FOLDER."
+            f"{hub_id}: no such folder, and not reachable as a Hub id ({reason}); where there is a network, "
+            f"`hf download {hub_id} --local-dir FOLDER` fetches it, then give FOLDER."
         ) from None
 
 
@@ -506,8 +519,9 @@ def require_plain(model: nn.Module, doing: str) -> None:
 def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
     """Write what `load` reads, under the published names.
 
-    Raises OSError where the folder cannot be written; each file is then whole, the old or the new one. Raises
-    InputError for a model that `require_plain` refuses: the files have no place for its weights.
+    config.json comes last: without it, a folder that a kill leaves half-written is no checkpoint. Raises
+    OSError where the folder cannot be written; where the weights cannot, an old checkpoint there stays whole.
+    Raises InputError for a model that `require_plain` refuses: the files have no place for its weights.
     """
     require_plain(model, "cannot be saved")
     folder = Path(folder)
@@ -515,19 +529,19 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head once
     dtype = str(model.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
-    files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
     write_tensors(folder / "model.safetensors", weights)
-    # an older checkpoint's index and tokenizer would contradict the new files
-    for name in {INDEX, *(TOKENIZER_FILES if tokenizer else [])} - files.keys():
+    # what an older checkpoint says would contradict the new files
+    for name in ("config.json", INDEX, *(TOKENIZER_FILES if tokenizer else [])):
         (folder / name).unlink(missing_ok=True)
-    for name, content in files.items():
+    for name, content in {**(tokenizer.files if tokenizer else {}), "config.json": config.encode()}.items():
         replace_file(folder / name, partial(Path.write_bytes, data=content))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a temporary file and rename it to `path`, so that no reader ever sees half a file.
 
-    A symbolic link stays, and its target is replaced. Raises InputError for a folder, a device or a pipe.
+    A symbolic link stays, and its target is replaced. Raises OSError where it cannot be written, and
+    InputError for a folder, a device or a pipe.
     """
     require(path.is_file() or not path.exists(), f"{path}: is no regular file; name another.")
     path = Path(os.path.realpath(path))  # a link's target
@@ -537,13 +551,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(mask := os.umask(0))  # the only way to read the umask
         temporary.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
+    except SafetensorError as error:  # as of a full disk
+        raise OSError(f"{path}: cannot be written ({brief(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """`replace_file` for a safetensors file. Raises OSError where it cannot be written."""
-    try:
-        replace_file(path, lambda part: save_file(tensors, part, {"format": "pt"}))
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({brief(error)})") from None
+    """`replace_file` for a safetensors file."""
+    replace_file(path, lambda part: save_file(tensors, part, {"format": "pt"}))

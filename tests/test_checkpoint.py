@@ -16,7 +16,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 from checkpoint import load, load_tokenizer, parse_config, replace_file, save
 from fastdllm import Config, Decoding, InputError, Qwen2, generate
 
@@ -176,17 +175,25 @@ def test_save_keeps_every_file_of_the_tokenizer_and_nothing_of_an_older_checkpoi
     assert load_tokenizer(folder).files == shipped[1].files
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint_whole(golden_models, folder, monkeypatch):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+@pytest.mark.parametrize("renamed", [0, 1, 3])
+def test_a_save_that_ends_early_leaves_the_old_files_or_none(golden_models, folder, monkeypatch, renamed):
+    write_files(folder, TOKENIZER_FILES)
+    contents = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
+    before, rename, left = contents(), os.replace, iter(range(renamed))
 
-    def full_disk(weights, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
+    def ends_early(source, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        rename(source, target)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError):
-        save(golden_models["tied"], None, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.setattr(os, "replace", ends_early)
+    with pytest.raises(KeyboardInterrupt):
+        save(golden_models["untied"], load_tokenizer(folder), folder)
+    if renamed == 0:
+        assert contents() == before
+    else:
+        assert refusal(folder) == f"{folder}: config.json is missing."
+        assert not any(name.endswith(".tmp") for name in contents())
 
 
 def test_a_pipe_or_socket_is_never_replaced(tmp_path, monkeypatch):
@@ -305,10 +312,17 @@ def test_what_can_be_refused_is_refused_before_more_is_fetched(folder, hub, ship
     assert hub == [["config.json"]]
 
 
-def test_a_near_miss_of_a_path_asks_no_network(hub, monkeypatch):
+@pytest.mark.parametrize("path, advice", [
+    ("tiny/chekpoint", "no such folder; did you mean tiny/checkpoint?"),
+    ("./tinny/checkpoint", "no such folder; did you mean tiny/checkpoint?"),
+    ("tinny/checkpoint", "no such folder; did you mean tiny/checkpoint?"),
+    ("README.md", "is a file; give a checkpoint's folder."),
+    *((path, "no such folder; give a checkpoint's folder, or a Hub id like owner/name") for path in
+      ("./tiny/x", "../x", "/nowhere/x", "nowhere", "a/b/c", ".x/y")),
+])  # fmt: skip
+def test_a_path_that_leads_nowhere_asks_no_network_and_a_near_miss_is_said(hub, monkeypatch, path, advice):
     monkeypatch.chdir(ROOT)
-    for path in ("tiny/chekpoint", "./tiny/x", "../x", "/nowhere/x", "nowhere", "a/b/c", ".x/y"):
-        assert refusal(path).startswith(f"{path}: no such folder; give a checkpoint's folder")
+    assert refusal(path).startswith(f"{path}: {advice}")
     assert hub == []
 
 
