@@ -308,8 +308,8 @@ def near_miss(path: Path) -> Path | None:
     return next((parent / name for name in get_close_matches(path.name, names, 1)), None)
 
 
-def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | None = None) -> Path:
-    """The folder `path`, or of a Hub id the download: `files`, else a checkpoint with `weights` or not.
+def locate(path: str | os.PathLike, files: list[str] | None = None) -> Path:
+    """The folder `path`, or of a Hub id the download: `files`, else a checkpoint without its weights.
 
     A checkpoint's config.json is fetched and judged before the rest. Raises InputError for no such place.
     """
@@ -322,12 +322,9 @@ def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | Non
     mistyped = not is_id or folder.parent.is_dir() or near and near.name == folder.name
     advice = f"did you mean {near}?" if near else advice
     require(not mistyped, f"{brief(path)}: no such folder; {advice}")
-    if files:
-        return download(path, files)
-    parse_config(read_json(download(path, ["config.json"]) / "config.json"))
-    small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
-    folder = download(path, small)  # with the index, which names the weight files
-    return download(path, [*small, *shards(folder)]) if weights else folder
+    if not files:
+        parse_config(read_json(download(path, ["config.json"]) / "config.json"))
+    return download(path, files or ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES])
 
 
 def download(hub_id: str, names: list[str]) -> Path:
@@ -454,7 +451,7 @@ def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path
     generation_config.json and the tokenizer name further stop tokens, and the mask. Warns where a checkpoint
     for long contexts is limited to those that it was trained on.
     """
-    folder = locate(path, weights=False)
+    folder = locate(path)
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; merge it into its base first.")
     raw = read_json(folder / "config.json")
@@ -474,7 +471,7 @@ def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path
         mask = tokenizer.id(MASK) if mask is None else mask
         config = replace(config, mask_token_id=mask, tokenizer_size=size)
     config = replace(config, stop_token_ids=tuple(dict.fromkeys(stops)))
-    return locate(path, weights), config, tokenizer
+    return (locate(path, shards(folder)) if weights else folder), config, tokenizer
 
 
 def load(

@@ -28,6 +28,7 @@ def write_files(folder: Path, files: dict[str, bytes | str | dict]) -> None:
     """Files by name; a dict becomes JSON."""
     for name, content in files.items():
         content = json.dumps(content) if isinstance(content, dict) else content
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
