@@ -16,16 +16,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from jinja2 import Template, TemplateError, nodes
-from jinja2.compiler import CodeGenerator
+from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ CHATML = """
 {{- '<|im_start|>' ~ m.role ~ '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-MAX_TEXT = 2**24  # characters of a rendered conversation, several times what the longest context holds
-MAX_STEPS = 2**20  # calls and turns of loops in one rendering: seconds
+MAX_WORK = 2**24  # of one rendering: characters, turns of loops over a range, and 64 for a call; seconds
 
 
 class Generation(Extension):
@@ -68,27 +67,18 @@ class Generation(Extension):
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
-class CountedLoops(CodeGenerator):
-    """Every `{% for %}` takes its items from `Sandbox.counted`."""
-
-    def visit_For(self, node, frame):
-        node.iter = nodes.Call(nodes.EnvironmentAttribute("counted"), [node.iter], [], None, None)
-        super().visit_For(node, frame)
-
-
 class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja as chat templates expect it, and bounded: what is not data is refused, and loops end."""
-
-    code_generator_class = CountedLoops
 
     def __init__(self):
         extensions = [loopcontrols, Generation]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.writable)
-        self.filters["tojson"] = self.to_json
-        del self.globals["lipsum"]  # it would write without end
+        # Jinja's own filter escapes HTML, which would change the text
+        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.globals["raise_exception"] = self.fail
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self.steps = 0
+        del self.globals["lipsum"]  # it would write without end
+        self.compile_once = lru_cache(maxsize=8)(self.from_string)
 
     def fail(self, message: str) -> None:
         raise TemplateError(message)
@@ -98,50 +88,33 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.fail("it writes a null, such as a content, as text")
         return value
 
-    def to_json(self, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter escapes HTML, which would change the text
-        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            self.fail(f"it does not end within {MAX_STEPS:,} steps")
-
-    def counted(self, items: Iterable) -> Iterator:
-        for item in items:
-            self.step()
-            yield item
+    def spend(self, work: int) -> None:
+        self.work += work
+        if self.work > MAX_WORK:
+            self.fail("it writes too much, or does not end")
 
     def call(self, *args, **options):
-        self.step()
-        return super().call(*args, **options)
+        result = super().call(*args, **options)
+        self.spend(64 + (len(result) if isinstance(result, range) else 0))
+        return result
 
     def unsafe_undefined(self, obj, attribute):
         self.fail(f"{attribute!r} of a {type(obj).__name__} is outside what a template may use")
 
+    def write(self, template: str, variables: dict) -> str:
+        """Raises InputError with the template's own message where it is broken, raises, or does not end."""
+        pieces, self.work = [], 0
+        try:
+            for piece in self.compile_once(template).generate(variables):
+                pieces.append(piece)
+                self.spend(len(piece))
+        except Exception as error:  # a template may raise anything
+            reason = brief(error).rstrip(".") or type(error).__name__
+            raise InputError(f"The chat template cannot write this conversation: {reason}.") from None
+        return "".join(pieces)
+
 
 SANDBOX = Sandbox()
-
-
-@lru_cache(maxsize=8)
-def compile_template(template: str) -> Template:
-    return SANDBOX.from_string(template)
-
-
-def render_template(template: str, variables: dict) -> str:
-    """Raises InputError with the template's own message where it is broken, raises, or does not end."""
-    pieces, length, SANDBOX.steps = [], 0, 0
-    try:
-        for piece in compile_template(template).generate(variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > MAX_TEXT:
-                SANDBOX.fail(f"it writes more than {MAX_TEXT:,} characters")
-    except Exception as error:  # a template may raise anything
-        reason = brief(error).rstrip(".") or type(error).__name__
-        raise InputError(f"The chat template cannot write this conversation: {reason}.") from None
-    return "".join(pieces)
 
 
 # --- Tokenizer ---
@@ -151,21 +124,9 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TOKENIZER_FILES = (
-    "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json special_tokens_map.json "
-    "chat_template.jinja"
-).split()
+TOKENIZER_FILES = "tokenizer.json vocab.json merges.txt added_tokens.json tokenizer_config.json".split()
+TOKENIZER_FILES += ["special_tokens_map.json", "chat_template.jinja"]
 MASK = "|<MASK>|"
-
-
-def call_tokenizer(problem: str, function: Callable, *args, **options):
-    """`function`'s result. Raises InputError with `problem` where the tokenizers library fails."""
-    try:
-        return function(*args, **options)
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
-        raise InputError(f"{problem}: {brief(repr(error))}") from None
 
 
 class Tokenizer:
@@ -181,12 +142,12 @@ class Tokenizer:
         bos = self.id(self.special.get("bos_token", "")) if settings.get("add_bos_token") else None
         self.begin = [] if bos is None else [bos]  # of a text that is no chat
         self.templates, self.template_source = {}, "none"  # the templates by name
-        if template := files.get("chat_template.jinja", b"").decode() or settings.get("chat_template"):
+        own, chatml = files.get("chat_template.jinja", b"").decode(), ("<|im_start|>", "<|im_end|>")
+        if template := own or settings.get("chat_template"):
             named = template if isinstance(template, list) else [{"name": "default", "template": template}]
             self.templates = {entry["name"]: entry["template"] for entry in named}
-            names = ("chat_template.jinja", "tokenizer_config.json")
-            self.template_source = next(name for name in names if name in files)
-        elif None not in (self.id("<|im_start|>"), self.id("<|im_end|>")):
+            self.template_source = "chat_template.jinja" if own else "tokenizer_config.json"
+        elif None not in map(self.id, chatml):
             self.templates, self.template_source = {"default": CHATML}, "ChatML (no template in the files)"
         self.template = self.templates.get("default")
 
@@ -195,9 +156,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens in the text are recognised. Raises InputError for invalid text."""
-        valid = text.isascii() or text.encode(errors="ignore").decode() == text
-        require(valid, f"No valid Unicode text: {brief(ascii(text))}.")
-        return call_tokenizer("Cannot encode text", self.encoder.encode, text, add_special_tokens=False).ids
+        try:
+            return self.encoder.encode(text, add_special_tokens=False).ids
+        except Exception:  # the library has none of its own
+            problem = f"No valid Unicode text, or none that the tokenizer takes: {brief(ascii(text))}."
+            raise InputError(problem) from None
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text that is no chat, with a begin token where the tokenizer's settings add one."""
@@ -208,14 +171,12 @@ class Tokenizer:
         return self.encoder.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def chat(
-        self, messages: Sequence[dict], tools: list | None = None, add_generation_prompt: bool = True
+        self, messages: list, tools: list | None = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of `render`'s text, and of nothing else. Raises InputError as `render` and `encode`."""
         return self.encode(self.render(messages, tools, add_generation_prompt))
 
-    def render(
-        self, messages: Sequence[dict], tools: list | None = None, add_generation_prompt: bool = True
-    ) -> str:
+    def render(self, messages: list, tools: list | None = None, add_generation_prompt: bool = True) -> str:
         """A conversation as the checkpoint's template writes it, up to where the assistant's turn begins.
 
         Messages have `role`, `content` and whatever else the template reads; a null is as if left out, but
@@ -226,29 +187,25 @@ class Tokenizer:
         advice = "put a chat_template.jinja into its folder, or continue a text with `generate --raw`"
         require(template, f"{problem}; {advice}.")
         require(not tools or "tools" in template, "The checkpoint's chat template has no place for tools.")
-        kept = lambda key, value: value is not None or key == "content"
-        messages = [{k: v for k, v in message.items() if kept(k, v)} for message in messages]
+        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        text = render_template(template, self.special | given)
-        for message in messages[:1]:  # some templates drop a system message
-            system = message["content"] if message.get("role") == "system" else None
-            written = not isinstance(system, str) or "".join(system.split()) in "".join(text.split())
-            require(written, "The chat template leaves the system message out; put its text into the prompt.")
+        text = SANDBOX.write(template, self.special | given)
+        system = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
+        written = not isinstance(system, str) or "".join(system.split()) in "".join(text.split())
+        require(written, "The chat template leaves the system message out; put its text into the prompt.")
         return text
 
     def default_system(self) -> str | None:
         """The system message that the template writes where a chat has none."""
-        system = {"role": "system", "content": "A SYSTEM MESSAGE"}
-        user = {"role": "user", "content": "A USER MESSAGE"}
+        chat = [{"role": "system", "content": "A SYSTEM"}, {"role": "user", "content": "A USER"}]
         try:
-            before, _, after = self.render([system, user]).partition("A SYSTEM MESSAGE")
-            text = self.render([user])
-        except InputError:  # no template, or one that takes no such chat
+            before, after = self.render(chat).split("A SYSTEM")
+            text = self.render(chat[1:])
+        except (InputError, ValueError):  # no template, or one that takes no such chat
             return None
         # the default stands between what surrounds a message that is given
-        if not (after and text.startswith(before) and text.endswith(after)):
-            return None
-        return text[len(before) : len(text) - len(after)] or None
+        found = re.fullmatch(re.escape(before) + "(.+)" + re.escape(after), text, re.DOTALL)
+        return found and found[1]
 
     def stream(self, chunks: Iterable[Sequence[int]]) -> Iterator[str]:
         """Text of ids that arrive in chunks; a character is yielded as soon as its last byte has arrived."""
@@ -261,14 +218,15 @@ class Tokenizer:
         yield self.decode(ids)[written:]  # bytes that never became a character
 
 
+text_of = lambda token: token["content"] if isinstance(token, dict) and "content" in token else token
+
+
 def read_settings(files: dict[str, bytes]) -> dict:
     """What tokenizer_config.json says, and special_tokens_map.json where it says nothing; tokens as text."""
-    text = lambda token: token["content"] if isinstance(token, dict) and "content" in token else token
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         own = json.loads(files.get(name, b"{}")).items()
-        settings |= {key: text(value) for key, value in own if value is not None}
-    settings["additional_special_tokens"] = [*map(text, settings.get("additional_special_tokens", []))]
+        settings |= {key: text_of(value) for key, value in own if value is not None}
     return settings
 
 
@@ -279,24 +237,19 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     complete = "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()
     require(complete, f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, must be there.")
-    return call_tokenizer(f"{folder}: the tokenizer files cannot be read", build_tokenizer, folder, files)
+    try:
+        return Tokenizer(build_encoder(folder, files), files)
+    except Exception as error:  # the library has none of its own
+        raise InputError(f"{folder}: the tokenizer files cannot be read: {brief(error)}") from None
 
 
-def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
-    settings, listed = read_settings(files), {}  # id -> added token
-    flagged = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
-    if "added_tokens.json" in files and not flagged:  # it does not say which ones are special
-        named = [value for key, value in settings.items() if key.endswith("_token")]
-        named += [MASK, *settings["additional_special_tokens"]]
-        for text, i in json.loads(files["added_tokens.json"]).items():
-            shaped = re.fullmatch(r"<\|.*\|>", text) is not None  # as in Qwen's own tokenizer
-            listed[i] = {"content": text, "special": shaped or text in named}
+def build_encoder(folder: Path, files: dict[str, bytes]) -> Encoder:
+    settings = read_settings(files)
+    added = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
     if "tokenizer.json" in files:
         encoder = Encoder.from_buffer(files["tokenizer.json"])
         encoder.no_truncation()
         encoder.no_padding()
-        own = json.loads(files["tokenizer.json"]).get("added_tokens", [])
-        listed |= {entry["id"]: entry for entry in own}
     else:
         encoder = Encoder(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
         encoder.normalizer = normalizers.NFC()
@@ -304,15 +257,19 @@ def build_tokenizer(folder: Path, files: dict[str, bytes]) -> Tokenizer:
         in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         encoder.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
         encoder.decoder = decoders.ByteLevel()
-    for i, entry in sorted((listed | flagged).items()):
+        named = [value for key, value in settings.items() if key.endswith("_token")]
+        named += [MASK, *map(text_of, settings.get("additional_special_tokens", []))]
+        for text, i in json.loads(files.get("added_tokens.json", b"{}")).items():
+            # the file does not say which ones are special: those of this form, as in Qwen's own tokenizer
+            special = text in named or re.fullmatch(r"<\|.*\|>", text) is not None
+            added.setdefault(i, {"content": text, "special": special})
+    for i, entry in sorted(added.items()):
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         token = AddedToken(entry["content"], **{flag: entry.get(flag, False) for flag in flags})
-        add = encoder.add_special_tokens if token.special else encoder.add_tokens
-        add([token])
+        encoder.add_tokens([token])
         got = encoder.token_to_id(token.content)  # the library numbers tokens itself and ignores listed ids
-        what = f"added token {token.content!r:.100}"
-        require(got == i, f"{folder}: {what} is listed as id {i} but becomes {got}.")
-    return Tokenizer(encoder, files)
+        require(got == i, f"added token {token.content!r:.100} is listed as id {i} but becomes {got}.")
+    return encoder
 
 
 # --- Load and save ---
@@ -328,7 +285,8 @@ HUB_ERRORS = {
     "GatedRepoError": "its terms must be accepted there, then `hf auth login` helps",
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")  # Transformers, MLX, older files
-LONG, TRAINED = "dual_chunk_attention_config", "original_max_position_embeddings"
+LONG = "dual_chunk_attention_config"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
@@ -343,35 +301,44 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def locate(path: str | os.PathLike, weights: bool = True, files: list[str] | None = None) -> Path:
-    """The folder `path`, or of a Hub id the download: `files`, else a checkpoint with `weights` or not.
+def near_miss(path: Path) -> Path | None:
+    """The folder that a mistyped path may mean."""
+    parent = path.parent if path.parent.is_dir() else near_miss(path.parent)
+    names = [place.name for place in parent.iterdir() if place.is_dir()] if parent else []
+    return next((parent / name for name in get_close_matches(path.name, names, 1)), None)
+
+
+def locate(path: str | os.PathLike, files: list[str] | None = None) -> Path:
+    """The folder `path`, or of a Hub id the download: `files`, else a checkpoint without its weights.
 
     A checkpoint's config.json is fetched and judged before the rest. Raises InputError for no such place.
     """
-    if Path(path).is_dir():
-        return Path(path)
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
-    kind = "an adapter's" if files else "a checkpoint's"
-    advice = f"give {kind} folder, or a Hub id like owner/name where there is no folder named owner"
-    require(hub_id, f"{brief(path)}: no such folder; {advice}.")
+    folder, kind = Path(path), "an adapter's" if files else "a checkpoint's"
+    if folder.is_dir():
+        return folder
+    require(not folder.exists(), f"{path}: is a file; give {kind} folder.")
+    near, is_id = near_miss(folder), re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path))
+    advice = f"give {kind} folder, or a Hub id like owner/name where there is no folder named owner."
+    mistyped = not is_id or folder.parent.is_dir() or near and near.name == folder.name
+    advice = f"did you mean {near}?" if near else advice
+    require(not mistyped, f"{brief(path)}: no such folder; {advice}")
+    if not files:
+        parse_config(read_json(download(path, ["config.json"]) / "config.json"))
+    return download(path, files or ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES])
+
+
+def download(hub_id: str, names: list[str]) -> Path:
+    """The local folder of a Hub repository, with the named files. Raises InputError where that fails."""
     from huggingface_hub import logging, snapshot_download  # only needed here
 
     logging.set_verbosity_error()  # a failure is said once, below
-    download = lambda names: Path(snapshot_download(str(path), allow_patterns=names))
     try:
-        if files:
-            return download(files)
-        parse_config(read_json(download(["config.json"]) / "config.json"))
-        small = ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
-        folder = download(small)  # with the index, which names the weight files
-        return download([*small, *shards(folder)]) if weights else folder
-    except InputError:
-        raise
+        return Path(snapshot_download(str(hub_id), allow_patterns=names))
     except Exception as error:  # no network, no such repository, no space
         reason = HUB_ERRORS.get(type(error).__name__) or brief(error) or type(error).__name__
         raise InputError(
-            f"{path}: no such folder, and not reachable as a Hub id ({reason}); where there is a network, "
-            f"`hf download {path} --local-dir FOLDER` fetches it, then give FOLDER."
+            f"{hub_id}: no such folder, and not reachable as a Hub id ({reason}); where there is a network, "
+            f"`hf download {hub_id} --local-dir FOLDER` fetches it, then give FOLDER."
         ) from None
 
 
@@ -379,12 +346,11 @@ def shards(folder: Path) -> list[str]:
     """Names of the checkpoint's weight files. Raises InputError for an index that names anything else."""
     if not (folder / INDEX).is_file():
         return ["model.safetensors"]
-    index = read_json(folder / INDEX).get("weight_map")
+    index = read_json(folder / INDEX).get("weight_map") or {}
+    names = sorted(set(map(str, index.values())))
     # a download reads the names as patterns, so only plain names are allowed
-    plain = lambda name: isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
-    ok = isinstance(index, dict) and index and all(map(plain, index.values()))
+    ok = names and all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names)
     require(ok, f"{folder / INDEX}: weight_map must name .safetensors files of the same folder.")
-    names = sorted(set(index.values()))
     ok = "model.safetensors" in names or not (folder / "model.safetensors").is_file()
     require(ok, f"{folder}: holds {INDEX} and a model.safetensors that it does not name; remove one.")
     return names
@@ -392,8 +358,8 @@ def shards(folder: Path) -> list[str]:
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes by name in a safetensors file. Raises InputError for damage, and for dtypes not in `DTYPES`."""
-    from_these = f"weights are read from model.safetensors, or from the files that {INDEX} names"
-    require(path.is_file(), f"{path.parent}: {path.name} is missing; {from_these}.")
+    these = "weights are read from .safetensors files, not from .bin or .gguf"
+    require(path.is_file(), f"{path.parent}: {path.name} is missing; {these}.")
     try:
         with safe_open(path, framework="pt") as weights:
             parts = {name: weights.get_slice(name) for name in weights.keys()}
@@ -420,67 +386,48 @@ def pick_device(device: str) -> str:
 
 
 is_integer = lambda low: lambda x: type(x) is int and low <= x < 2**31
-is_number = lambda low, high: lambda x: type(x) in (int, float) and low <= x <= high
+is_positive = lambda x: type(x) in (int, float) and x > 0
 is_plain = lambda x: isinstance(x, dict) and x.get("rope_type", x.get("type", "default")) == "default"
 as_list = lambda x: x if isinstance(x, list) else [] if x is None else [x]
 
 # key of config.json -> whether a value is valid, and what it must be
 RULES: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys([*SIZES, "bd_size"], (is_integer(1), "a positive integer below 2**31")),
-    "rms_norm_eps": (is_number(0, 1), "a number from 0 to 1"),
-    "rope_theta": (is_number(1, 1e12), "a number from 1 to 1e12"),
+    **dict.fromkeys(["rms_norm_eps", "rope_theta"], (is_positive, "a positive number")),
     "tie_word_embeddings": (lambda x: type(x) is bool, "true or false"),
     "mask_token_id": (is_integer(0), "a token id"),
     "architectures": (lambda x: any("ForCausalLM" in name for name in as_list(x)), "a language model's"),
-    "clean": (
-        lambda x: x == "block",
-        "block: models of a causal clean copy, which an earlier version made, are not decoded any more",
-    ),
     "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
     "hidden_act": (lambda x: x == "silu", "silu"),
     "is_causal": (lambda x: x is True, "true: an encoder such as an embedding model writes no text"),
     "rope_scaling": (is_plain, "null: scaled rotary positions are not built"),
     "rope_parameters": (is_plain, "of rope_type default: rope_scaling is not built"),
     "use_sliding_window": (lambda x: x is False, "false: sliding windows are not built"),
-    "layer_types": (lambda x: all(kind == "full_attention" for kind in as_list(x)), "full_attention"),
-    LONG: (lambda x: isinstance(x, dict) and is_integer(1)(x.get(TRAINED)), f"an object with {TRAINED}"),
 }
 
 
 def parse_config(raw: dict) -> Config:
     """From the contents of `config.json`. Raises InputError for invalid values and for what is not built."""
-    kind = raw.get("model_type")
-    quantised = next(filter(None, map(raw.get, QUANTISED)), None)
+    kind, quantised = raw.get("model_type"), next(filter(None, map(raw.get, QUANTISED)), {})
     problem = f"model_type is {reprlib.repr(kind)}, which is no Qwen2"
     require(kind in KINDS, f"config.json: {problem}; {' and '.join(KINDS)} work.")
-    method = quantised.get("quant_method", "no name") if isinstance(quantised, dict) else quantised
-    problem = f"the weights are quantised ({reprlib.repr(method)})"
+    method = reprlib.repr(quantised.get("quant_method", "no name"))
     advice = "dequantise them first, or take the checkpoint they were made from"
-    require(not quantised, f"config.json: {problem}; {advice}.")
-    rope, c = raw.get("rope_parameters"), {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None  # where newer Transformers keep it
-    for part in (raw, {"rope_theta": theta}):
-        c |= {key: value for key, value in part.items() if value is not None}
+    require(not quantised, f"config.json: the weights are quantised ({method}); {advice}.")
+    c = {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
+    c |= {key: value for key, value in raw.items() if value is not None}
+    if is_plain(rope := c.get("rope_parameters", {})):  # where newer Transformers keep it
+        c["rope_theta"] = rope.get("rope_theta", c["rope_theta"])
     for key, (valid, rule) in RULES.items():  # reprlib is short, also for values too deep for repr
         ok = valid(c[key]) if key in c else key not in SIZES or key == "head_dim"
         require(ok, f"config.json: {key} is {reprlib.repr(c.get(key))}, it must be {rule}.")
-    hidden, heads, groups = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
-    c["head_dim"], vocab, mask = c.get("head_dim", hidden // heads), c["vocab_size"], c.get("mask_token_id")
+    c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
     if LONG in c:  # beyond these positions it needs an attention of its own
-        c["max_position_embeddings"] = min(c["max_position_embeddings"], c[LONG][TRAINED])
-    for ok, problem in [
-        ("head_dim" in raw or hidden % heads == 0, f"hidden_size {hidden} does not divide by {heads} heads"),
-        (heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"),
-        (c["head_dim"] % 2 == 0, f"head_dim is {c['head_dim']}, rotary positions need an even one"),
-        (mask is None or mask < vocab, f"mask_token_id {mask} is outside the vocabulary of {vocab}"),
-    ]:
-        require(ok, f"config.json: {problem}.")
-    return Config(
-        **{key: c[key] for key in SAME_KEYS if key in c},
-        block_size=c["bd_size"],
-        mask_token_id=mask,
-        stop_token_ids=tuple(as_list(c.get("eos_token_id"))),
-    )
+        c["max_position_embeddings"] = c[LONG]["original_max_position_embeddings"]
+    mask, rows = c.get("mask_token_id"), c["vocab_size"]
+    require(mask is None or mask < rows, f"config.json: mask_token_id {mask} is not below vocab_size {rows}.")
+    c |= {"block_size": c["bd_size"], "stop_token_ids": tuple(as_list(c.get("eos_token_id")))}
+    return Config(**{name: c[name] for name in NAMES if name in c})
 
 
 def unparse_config(c: Config) -> dict:
@@ -498,39 +445,33 @@ def unparse_config(c: Config) -> dict:
     return {key: value for key, value in raw.items() if value not in (None, [])}
 
 
-def read_config(folder: Path, tokenizer: Tokenizer | None) -> Config:
-    """The checkpoint's config, with stop and mask tokens of `generation_config.json` and the tokenizer.
+def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
+    """Folder, config and tokenizer of a checkpoint; `weights=False` leaves out a Hub id's weights.
 
-    Warns where a checkpoint for long contexts is limited to those that it was trained on.
+    generation_config.json and the tokenizer name further stop tokens, and the mask. Warns where a checkpoint
+    for long contexts is limited to those that it was trained on.
     """
+    folder = locate(path)
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; merge it into its base first.")
     raw = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         more = read_json(folder / "generation_config.json").get("eos_token_id")
         raw["eos_token_id"] = as_list(raw.get("eos_token_id")) + as_list(more)
-    config = parse_config(raw)
-    most = config.max_position_embeddings
+    config, tokenizer = parse_config(raw), None
+    most, stops, mask = config.max_position_embeddings, config.stop_token_ids, config.mask_token_id
     if most < raw["max_position_embeddings"]:
         warnings.warn(f"{folder}: only {most:,} positions are used: {LONG} is not built.", stacklevel=2)
-    stops, mask, size = list(config.stop_token_ids), config.mask_token_id, None
-    if tokenizer:
-        ends = (tokenizer.special.get("eos_token", ""), "<|im_end|>", "<|endoftext|>")
-        stops += [i for i in map(tokenizer.id, ends) if i is not None]
-        mask = tokenizer.id(MASK) if mask is None else mask
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        tokenizer = load_tokenizer(folder)
         size, rows = tokenizer.size, config.vocab_size
         require(size <= rows, f"{folder}: the tokenizer has {size} ids, the embedding only {rows} rows.")
-    stops = tuple(dict.fromkeys(stops))
-    return replace(config, mask_token_id=mask, stop_token_ids=stops, tokenizer_size=size)
-
-
-def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path, Config, Tokenizer | None]:
-    """Folder, config and tokenizer of a checkpoint; `weights=False` leaves out a Hub id's weights."""
-    folder = locate(path, weights=False)
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; merge it into its base first.")
-    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    config = read_config(folder, tokenizer)
-    return locate(path, weights), config, tokenizer
+        ends = map(tokenizer.id, (tokenizer.special.get("eos_token", ""), "<|im_end|>", "<|endoftext|>"))
+        stops += tuple(i for i in ends if i is not None)
+        mask = tokenizer.id(MASK) if mask is None else mask
+        config = replace(config, mask_token_id=mask, tokenizer_size=size)
+    config = replace(config, stop_token_ids=tuple(dict.fromkeys(stops)))
+    return (locate(path, shards(folder)) if weights else folder), config, tokenizer
 
 
 def load(
@@ -546,36 +487,22 @@ def load(
     folder, config, tokenizer = read_checkpoint(path)
     with torch.device("meta"):
         model = Qwen2(config)
-    load_weights(model, folder, device, wanted)
-    return model.eval(), tokenizer
-
-
-def load_weights(model: Qwen2, folder: Path, device: str, dtype: torch.dtype | None) -> None:
-    """Fill a model on the meta device. Tensors are read one by one, so memory holds the weights once."""
-    expected = {name: list(p.shape) for name, p in model.named_parameters()}  # without a tied head
-    files = {}
+    tensors = {}
     for file in shards(folder):
-        for name, shape in tensor_shapes(folder / file).items():
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # older files repeat what rope_theta says
-            files[name], wanted = file, expected.get(name, shape)
-            require(shape == wanted, f"{file}: {name} has shape {shape}, the config asks for {wanted}.")
-    tied_head = model.config.tie_word_embeddings and files.pop("lm_head.weight", None)  # some files repeat it
-    missing, unknown = expected.keys() - files, files.keys() - expected
-    for names, problem in [(missing, "missing"), (unknown, "not part of this model")]:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        require(not names, f"{folder}: tensor {brief(min(names, default=''))} is {problem}{more}.")
-    for name in expected:  # the embedding comes first and decides the dtype "auto"
-        with safe_open(folder / files[name], "pt") as weights:  # opened anew, so that its pages are freed
-            tensor = weights.get_tensor(name)
-        dtype = dtype or tensor.dtype
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+        tensor_shapes(folder / file)  # refuses a damaged file
+        tensors |= load_file(folder / file)
+    # older files repeat what rope_theta says
+    tensors = {name: w for name, w in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and EMBEDDING in tensors:
+        same = torch.equal(tensors.setdefault(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING])
+        require(same, f"{folder}: {HEAD} is not the embedding, but tie_word_embeddings is true.")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # its second line begins to say which names or shapes are wrong
+        problem = brief(str(error).partition("\n")[2])
+        raise InputError(f"{folder}: the weights are not those of config.json: {problem}") from None
     model.tie()
-    if tied_head:
-        with safe_open(folder / tied_head, "pt") as weights:
-            same = torch.equal(weights.get_tensor("lm_head.weight").to(device, dtype), model.lm_head.weight)
-        require(same, f"{tied_head}: lm_head.weight is not the embedding, but tie_word_embeddings is true.")
+    return model.to(device, wanted or model.weight.dtype).eval(), tokenizer
 
 
 def require_plain(model: nn.Module, doing: str) -> None:
@@ -589,8 +516,9 @@ def require_plain(model: nn.Module, doing: str) -> None:
 def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
     """Write what `load` reads, under the published names.
 
-    Raises OSError where the folder cannot be written; each file is then whole, the old or the new one. Raises
-    InputError for a model that `require_plain` refuses: the files have no place for its weights.
+    config.json comes last: without it, a folder that a kill leaves half-written is no checkpoint. Raises
+    OSError where the folder cannot be written; where the weights cannot, an old checkpoint there stays whole.
+    Raises InputError for a model that `require_plain` refuses: the files have no place for its weights.
     """
     require_plain(model, "cannot be saved")
     folder = Path(folder)
@@ -598,19 +526,19 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head once
     dtype = str(model.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
-    files = {"config.json": config.encode(), **(tokenizer.files if tokenizer else {})}
     write_tensors(folder / "model.safetensors", weights)
-    # an older checkpoint's index and tokenizer would contradict the new files
-    for name in {INDEX, *(TOKENIZER_FILES if tokenizer else [])} - files.keys():
+    # what an older checkpoint says would contradict the new files
+    for name in ("config.json", INDEX, *(TOKENIZER_FILES if tokenizer else [])):
         (folder / name).unlink(missing_ok=True)
-    for name, content in files.items():
+    for name, content in {**(tokenizer.files if tokenizer else {}), "config.json": config.encode()}.items():
         replace_file(folder / name, partial(Path.write_bytes, data=content))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a temporary file and rename it to `path`, so that no reader ever sees half a file.
 
-    A symbolic link stays, and its target is replaced. Raises InputError for a folder, a device or a pipe.
+    A symbolic link stays, and its target is replaced. Raises OSError where it cannot be written, and
+    InputError for a folder, a device or a pipe.
     """
     require(path.is_file() or not path.exists(), f"{path}: is no regular file; name another.")
     path = Path(os.path.realpath(path))  # a link's target
@@ -620,13 +548,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(mask := os.umask(0))  # the only way to read the umask
         temporary.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
+    except SafetensorError as error:  # as of a full disk
+        raise OSError(f"{path}: cannot be written ({brief(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """`replace_file` for a safetensors file. Raises OSError where it cannot be written."""
-    try:
-        replace_file(path, lambda part: save_file(tensors, part, {"format": "pt"}))
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({brief(error)})") from None
+    """`replace_file` for a safetensors file."""
+    replace_file(path, lambda part: save_file(tensors, part, {"format": "pt"}))

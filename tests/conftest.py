@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,7 +28,15 @@ def write_files(folder: Path, files: dict[str, bytes | str | dict]) -> None:
     """Files by name; a dict becomes JSON."""
     for name, content in files.items():
         content = json.dumps(content) if isinstance(content, dict) else content
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def change_config(folder: Path, **changes) -> dict:
+    """Change keys of a checkpoint's config.json, and return its contents."""
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    write_files(folder, {"config.json": raw})
+    return raw
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +44,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """Golden checkpoint folders by name; tests that change files copy them first."""
     base = tmp_path_factory.mktemp("checkpoints")
     return {name: golden_checkpoints.build(base / name, name) for name in golden_checkpoints.VARIANTS}
+
+
+@pytest.fixture
+def folder(folders, tmp_path) -> Path:
+    """A copy of the untied golden checkpoint that a test may damage."""
+    return shutil.copytree(folders["untied"], tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

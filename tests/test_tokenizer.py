@@ -6,7 +6,6 @@ from datetime import date
 import pytest
 from conftest import ROOT, golden, write_files
 
-import checkpoint
 from checkpoint import Tokenizer, load_tokenizer
 from fastdllm import InputError
 
@@ -203,14 +202,13 @@ NESTED = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     ("{{ messages[2].content }}", "it writes a null, such as a content, as text"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
     ("{% for i in range(1000000) %}{% endfor %}", "Range too big"),
-    ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "it writes more than 16,777,216 characters"),
-    (NESTED, "it does not end within 65,536 steps"),
-    (TWICE, "it does not end within 65,536 steps"),
+    ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "it writes too much, or does not end"),
+    (NESTED, "it writes too much, or does not end"),
+    (TWICE, "it writes too much, or does not end"),
     ("{{ lipsum(n=1000000000) }}", "'lipsum' is undefined"),
     ("{{ raise_exception('long ' * 1000) }}", "long long"),
 ])  # fmt: skip
-def test_a_template_that_fails_is_one_short_sentence(with_template, template, reason, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_STEPS", 2**16)  # sooner
+def test_a_template_that_fails_is_one_short_sentence(with_template, template, reason):
     with pytest.raises(InputError) as caught:
         with_template(template).chat([USER, ANSWER, ANSWER | {"content": None}])
     assert str(caught.value).startswith("The chat template cannot write this conversation: ")
@@ -268,12 +266,9 @@ def test_what_the_template_has_no_place_for_is_refused(with_template, template, 
 def test_missing_and_contradictory_files_are_named(tmp_path, shipped):
     assert "no tokenizer; tokenizer.json, or vocab.json and merges.txt" in refusal(tmp_path, {})
     wrong = BOOKS | {"added_tokens.json": {"<x>": 7}}
-    assert "'<x>' is listed as id 7 but becomes 2" in refusal(tmp_path, wrong)
-    whole = json.loads(shipped[1].files["tokenizer.json"])
-    first, second = whole["added_tokens"][:2]
-    first["id"], second["id"] = second["id"], first["id"]
-    said = refusal(tmp_path, {"added_tokens.json": "{}", "tokenizer.json": whole})
-    assert "added token '<|im_start|>' is listed as id 745 but becomes 746" in said
+    assert "added token '<x>' is listed as id 7 but becomes 2" in refusal(tmp_path, wrong)
+    wrong = shipped[1].files | {CONFIG: {"added_tokens_decoder": {"745": {"content": "<|im_start|>"}}}}
+    assert "added token '<|im_start|>' is listed as id 745 but becomes 746" in refusal(tmp_path, wrong)
 
 
 @pytest.mark.parametrize("name, content", [
@@ -292,15 +287,11 @@ def test_files_that_cannot_be_read_give_one_short_line(tmp_path, shipped, name, 
     assert "tokenizer files cannot be read" in refusal(tmp_path, files | {name: content})
 
 
-@pytest.mark.parametrize("model, pattern, text, reason", [
-    ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}, "x", "b", "Cannot encode text"),  # a plain Exception
-    ({"vocab": {"a": 0}}, r"(\w+)*\1$", "a" * 50 + "!", "Cannot encode text"),  # a panic
-    ({}, "x", "\n\udce9" * 10_000, "No valid Unicode text"),  # and a tokenizer without tokens
+@pytest.mark.parametrize("model, text", [
+    ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}, "b"),
+    ({}, "\n\udce9" * 10_000),  # a tokenizer without tokens
 ])  # fmt: skip
-def test_text_that_cannot_be_encoded_is_refused_in_one_short_line(tmp_path, model, pattern, text, reason):
-    files = only_model(**model)
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    files["tokenizer.json"]["pre_tokenizer"] = split
-    with pytest.raises(InputError, match=reason) as caught:
-        tokenizer_of(tmp_path, files).encode(text)
+def test_text_that_cannot_be_encoded_is_refused_in_one_short_line(tmp_path, model, text):
+    with pytest.raises(InputError, match="No valid Unicode text, or none that the tokenizer takes") as caught:
+        tokenizer_of(tmp_path, only_model(**model)).encode(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
