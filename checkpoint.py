@@ -285,7 +285,7 @@ HUB_ERRORS = {
     "GatedRepoError": "its terms must be accepted there, then `hf auth login` helps",
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")  # Transformers, MLX, older files
-LONG = "dual_chunk_attention_config"
+LONG, LIMIT = "dual_chunk_attention_config", "original_max_position_embeddings"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
@@ -346,8 +346,8 @@ def shards(folder: Path) -> list[str]:
     """Names of the checkpoint's weight files. Raises InputError for an index that names anything else."""
     if not (folder / INDEX).is_file():
         return ["model.safetensors"]
-    index = read_json(folder / INDEX).get("weight_map") or {}
-    names = sorted(set(map(str, index.values())))
+    index = read_json(folder / INDEX).get("weight_map")
+    names = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
     # a download reads the names as patterns, so only plain names are allowed
     ok = names and all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names)
     require(ok, f"{folder / INDEX}: weight_map must name .safetensors files of the same folder.")
@@ -387,7 +387,8 @@ def pick_device(device: str) -> str:
 
 is_integer = lambda low: lambda x: type(x) is int and low <= x < 2**31
 is_positive = lambda x: type(x) in (int, float) and x > 0
-is_plain = lambda x: isinstance(x, dict) and x.get("rope_type", x.get("type", "default")) == "default"
+is_object = lambda x: isinstance(x, dict)
+is_plain = lambda x: is_object(x) and x.get("rope_type", x.get("type", "default")) == "default"
 as_list = lambda x: x if isinstance(x, list) else [] if x is None else [x]
 
 # key of config.json -> whether a value is valid, and what it must be
@@ -402,6 +403,7 @@ RULES: dict[str, tuple[Callable, str]] = {
     "is_causal": (lambda x: x is True, "true: an encoder such as an embedding model writes no text"),
     "rope_scaling": (is_plain, "null: scaled rotary positions are not built"),
     "rope_parameters": (is_plain, "of rope_type default: rope_scaling is not built"),
+    LONG: (lambda x: is_object(x) and is_integer(1)(x.get(LIMIT)), f"an object with {LIMIT}"),
     "use_sliding_window": (lambda x: x is False, "false: sliding windows are not built"),
 }
 
@@ -411,7 +413,7 @@ def parse_config(raw: dict) -> Config:
     kind, quantised = raw.get("model_type"), next(filter(None, map(raw.get, QUANTISED)), {})
     problem = f"model_type is {reprlib.repr(kind)}, which is no Qwen2"
     require(kind in KINDS, f"config.json: {problem}; {' and '.join(KINDS)} work.")
-    method = reprlib.repr(quantised.get("quant_method", "no name"))
+    method = reprlib.repr(quantised.get("quant_method", "no name") if is_object(quantised) else quantised)
     advice = "dequantise them first, or take the checkpoint they were made from"
     require(not quantised, f"config.json: the weights are quantised ({method}); {advice}.")
     c = {"bd_size": 1, "rope_theta": 10000.0}  # Transformers' default
@@ -423,7 +425,7 @@ def parse_config(raw: dict) -> Config:
         require(ok, f"config.json: {key} is {reprlib.repr(c.get(key))}, it must be {rule}.")
     c.setdefault("head_dim", c["hidden_size"] // c["num_attention_heads"])
     if LONG in c:  # beyond these positions it needs an attention of its own
-        c["max_position_embeddings"] = c[LONG]["original_max_position_embeddings"]
+        c["max_position_embeddings"] = c[LONG][LIMIT]
     mask, rows = c.get("mask_token_id"), c["vocab_size"]
     require(mask is None or mask < rows, f"config.json: mask_token_id {mask} is not below vocab_size {rows}.")
     c |= {"block_size": c["bd_size"], "stop_token_ids": tuple(as_list(c.get("eos_token_id")))}
