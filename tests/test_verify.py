@@ -202,7 +202,9 @@ def test_the_choice_is_made_by_passes_that_run(untied):
     model = copy.deepcopy(untied).bfloat16()
     add_adapter(model, 4, 8.0, 5).heldout_kept = [1, 1]
     for recorded in None, RecordedPasses(model, record=False):
-        decoding, gain, same_bits = choose_drafts(model, Verified(max_new_tokens=9), rows=9, recorded=recorded)
+        decoding, gain, same_bits = choose_drafts(
+            model, Verified(max_new_tokens=9), rows=9, recorded=recorded
+        )
         assert gain >= 1 and type(same_bits) is bool
         prompts = [[1, 2, 3], [4, 5]]
         assert generate(model, prompts, decoding, recorded)[0].finish_reason  # the passes are free again
