@@ -2,7 +2,7 @@
 
 \b
   python cli.py generate                    # answers a sample problem
-  python cli.py generate --watch "Why?"     # options follow the command
+  python cli.py generate --verify --watch   # options follow the command
   python cli.py COMMAND --help
 """
 
@@ -13,7 +13,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes second
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 import json
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,11 @@ import click
 
 # torch and all that needs it is imported where a command runs, so that help pages show at once
 from commands import console
-from commands.console import COUNT, FILE, Commands, ListOf, OneSentence, reports_mistakes
+from commands.console import COUNT, FILE, INPUT, Commands, ListOf, OneSentence, reports_mistakes
 
+answers, machine, option, view = console.answers, console.machine, console.option, console.view
 PROBLEMS = click.IntRange(1, 10**5)  # more are taken for a typing error
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+json_option = answers("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
 @click.group(help=__doc__, context_settings=console.HELP_OPTIONS, cls=Commands)
@@ -41,23 +41,22 @@ def cli(context):
 
 
 @cli.command()
-@click.argument("prompt", required=False)
-@console.model_options
-@console.record_option
+@click.argument("prompt", nargs=-1, metavar="[PROMPT]")
 @console.decoding_options
-@console.batch_option
-@click.option("--system", help="System message.", show_default="the template's")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
-@click.option("--prompt-ids", type=ListOf(click.INT), help='Token ids instead of text: "1,2,3".')
-@click.option("--input", "source", help="JSONL with `prompt`, `messages` or `prompt_ids`; - is stdin.")
-@click.option("--output", "target", default="-", show_default="stdout", help="JSONL for --input's answers.")
+@answers("--system", help="System message.", show_default="the template's")
+@answers("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
+@answers("--prompt-ids", type=ListOf(click.INT), help='Token ids instead of text: "1,2,3".')
+@answers("--input", "source", type=INPUT, help="JSONL with `prompt`, `messages` or `prompt_ids`; - is stdin.")
+@answers("--output", "target", type=FILE, show_default="stdout", help="JSONL for --input's answers.")
 @json_option
-@click.option("--watch", "live", is_flag=True, help="Draw the answer in a terminal as it is written.")
-@click.option("--delay", type=click.FloatRange(0, 60), show_default="0.15", help="Seconds a pass of --watch.")
-@click.option("--compare", is_flag=True, help="AR beside it: both speeds, and whether the texts are equal.")
-@click.option("--trace", type=FILE, help="HTML file for a page that replays the passes, beside AR's.")
+@view("--watch", "live", is_flag=True, help="Draw the answer in a terminal as it is written.")
+@view("--compare", is_flag=True, help="AR beside it: both speeds, and whether the texts are equal.")
+@view("--trace", type=FILE, help="HTML file for a page that replays the passes, beside AR's.")
+@console.model_options
+@console.batch_option
+@console.record_option
 @reports_mistakes
-def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, delay, compare, trace, **given):
+def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, compare, trace, **given):
     """Answer a prompt, or a file of prompts.
 
     PROMPT is the question or request, as one argument in quotes. Without it, what is piped in is answered,
@@ -78,25 +77,20 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, del
     from fastdllm import require
     from verify import Verified
 
+    require(len(prompt) < 2, f'Put the prompt into quotes: generate "{" ".join(prompt)}"')
+    [prompt] = prompt or [None]
     many = source is not None
     asked = sum(value is not None for value in (prompt, prompt_ids, source))
     require(asked < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
-    target = None if target == "-" else Path(target)
+    target = None if target == Path("-") else target
     require(many or not target, "--output needs --input; one answer goes to standard output.")
-    require(not many or target or sys.stdout, "Standard output is closed; name a file with --output.")
-    require(delay is None or live, "--delay is for --watch; add --watch, or leave it out.")
-    require(delay is None or not math.isnan(delay), "--delay is nan; give seconds, like 0.15.")
     of_one = "--json, --watch, --compare and --trace show one answer; leave them out with --input."
     require(not many or not (as_json or live or compare or trace), of_one)
     files = "Several processes need --input FILE to share out, and --output FILE to write to."
     require(console.PROCESSES == 1 or target and source != "-", files)
     require(not (as_json and live), "--watch draws the answer and --json prints an object; give one of them.")
-    if target:
-        console.require_writable("--output", target)
-        same = target.exists() and Path(source).exists() and os.path.samefile(source, target)
-        require(not same, f"--output {target} is the file of --input; name another one.")
-    if trace:
-        console.require_writable("--trace", trace)
+    console.require_writable("--output", target)
+    console.require_writable("--trace", trace, mark='<script id="trace"')
     decoding = console.take_decoding(given)
     if many:
         requests = read_jsonl(source)
@@ -126,17 +120,16 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, del
     drawn = live and tokenizer and sys.stdout and sys.stdout.isatty()
     if live and not drawn:
         console.say("--watch draws in a terminal only; this is the plain text.")
-    delay = (0.15 if delay is None else delay) if drawn else None
-    answer_one(network, tokenizer, prompts[0], decoding, recorded, as_json, delay, compare, trace)
+    answer_one(network, tokenizer, prompts[0], decoding, recorded, as_json, drawn, compare, trace)
 
 
 def answer_one(
-    model, tokenizer, prompt, decoding, recorded, as_json: bool, delay: float | None, compare: bool, trace
+    model, tokenizer, prompt, decoding, recorded, as_json: bool, drawn: bool, compare: bool, trace
 ) -> None:
     """Decode one prompt: text to stdout as it becomes final and a summary to stderr, or one JSON object.
 
-    delay: seconds per pass of a live drawing; None: no drawing. compare: decode by AR too and say what
-    differs. trace: a file for the replay, or None.
+    drawn: live, in a terminal. compare: decode by AR too and say what differs. trace: a file for the replay,
+    or None.
     """
     from itertools import islice
 
@@ -151,18 +144,18 @@ def answer_one(
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "seed")
     ar = Decoding(block_size=1, **{name: getattr(decoding, name) for name in names}).resolve(model)
 
-    def answer(way, show, delay=None) -> tuple[dict, list]:
+    def answer(way, show, drawn=False) -> tuple[dict, list]:
         """The facts of one decoding, and its passes with their times."""
         passes = []
         steps = timed(decode(model, [prompt], way, recorded), passes)
-        if delay is not None:
-            steps, show = watch(tokenizer, steps, len(prompt), mask, show, delay), silent
+        if drawn:
+            steps, show = watch(tokenizer, steps, len(prompt), mask, show), silent
         result = stream_answer(steps, tokenizer, show)
-        return report(result, prompt, tokenizer, passes[-1][1]), passes
+        return report(result, prompt, tokenizer, passes[-1][1] if passes else None), passes
 
     for way in (ar, decoding) if compare or trace else ():
         list(islice(decode(model, [prompt], way, recorded), 4))  # the first passes after loading are slow
-    found, passes = answer(decoding, silent if as_json else show, delay)
+    found, passes = answer(decoding, silent if as_json else show, drawn)
     if not as_json:
         click.echo()
         click.echo(summary_line(found), err=True)
@@ -192,9 +185,9 @@ def answer_one(
 
 
 @cli.command()
-@console.model_options
 @console.decoding_options
-@click.option("--system", help="System message.", show_default="the template's")
+@answers("--system", help="System message.", show_default="the template's")
+@console.model_options
 @reports_mistakes
 def chat(system, **given):
     """Talk with a model.
@@ -210,33 +203,33 @@ def chat(system, **given):
     from commands.chat import Chat
     from fastdllm import require
 
-    require(sys.stdin and sys.stdout, "Standard input or output is closed, so nobody could talk.")
+    require(sys.stdin, "Standard input is closed, so nobody could talk.")
     decoding = console.take_decoding(given)
     network, tokenizer, _ = console.open_model(**given)
-    require(tokenizer, "The checkpoint has no tokenizer, so it cannot chat.")
-    require(
-        tokenizer.templates, "The checkpoint has no chat template; put a chat_template.jinja into its folder."
+    no_template = (
+        "The checkpoint has no chat template; put its tokenizer and a chat_template.jinja beside it."
     )
+    require(tokenizer and tokenizer.templates, no_template)
     Chat(network, tokenizer, console.resolve(decoding, network), system).run(given["model"])
 
 
 # --- eval and sweep ---
 
-problems_argument = click.argument("problems", required=False)
-instruction_option = click.option("--instruction", default="", help="Text after each question.")
+problems_argument = click.argument("problems", type=INPUT, required=False)
+instruction_option = answers("--instruction", default="", show_default=False, help="Follows each question.")
 
 
 @cli.command("eval")
 @problems_argument
-@console.model_options
-@console.record_option
 @console.decoding_options
-@console.batch_option
-@click.option("--count", type=PROBLEMS, show_default="all; 1000 shipped", help="Only the first problems.")
+@answers("--count", type=PROBLEMS, show_default="all; 1000 shipped", help="Only the first problems.")
 @instruction_option
-@click.option("--paper-prompt", is_flag=True, help="The paper's instruction for GSM8K after each question.")
-@click.option("--output", "target", type=FILE, show_default="none", help="JSONL file for the answers.")
+@answers("--paper-prompt", is_flag=True, help="The paper's instruction for GSM8K after each question.")
+@answers("--output", "target", type=FILE, help="JSONL file for the answers.")
 @json_option
+@console.model_options
+@console.batch_option
+@console.record_option
 @reports_mistakes
 def evaluate(problems, count, instruction, paper_prompt, target, as_json, **given):
     """Accuracy on word problems.
@@ -258,39 +251,35 @@ def evaluate(problems, count, instruction, paper_prompt, target, as_json, **give
 
     decoding = console.take_decoding(given)
     require(console.PROCESSES == 1 or target, "Several processes need --output FILE to write to.")
-    if target:
-        console.require_writable("--output", target)
-    require(not (paper_prompt and instruction), "--paper-prompt is an --instruction; give one of them.")
-    instruction = "\n" + PAPER_PROMPT if paper_prompt else instruction
+    console.require_writable("--output", target)
+    instruction += f"\n{PAPER_PROMPT}" * paper_prompt
     problems = read_problems(problems and read_jsonl(problems), count, instruction)
     evaluate(problems, decoding, given, target, as_json)
 
 
 @cli.command()
 @problems_argument
-@console.model_options
-@console.record_option
-@click.option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", type=ListOf(click.FloatRange(0, 1)),
-              help="Values of --threshold to try; so the next three.")  # fmt: skip
-@click.option("--block-sizes", show_default="the checkpoint's", type=ListOf(click.IntRange(2, 10**6)))
-@click.option("--sub-block-sizes", default="8,32", type=ListOf(COUNT))
-@click.option("--caches", default="block", type=ListOf(click.Choice(["none", "block", "dual"])))
-@click.option("--batch-size", type=COUNT, default=1, help="Prompts decoded at the same time.")
-@click.option("--max-new-tokens", type=COUNT, default=256, help="The longest answer.")
-@click.option("--count", type=PROBLEMS, default=200, help="Only the first problems.")
+@option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", type=ListOf(click.FloatRange(0, 1)),
+        help="Values of --threshold to try; so the next two.")  # fmt: skip
+@option("--sub-block-sizes", default="8,32", type=ListOf(COUNT))
+@option("--caches", default="block", type=ListOf(click.Choice(["none", "block", "dual"])))
+@option("--max-drop", type=click.FloatRange(0, 100), default=1.0, help="Points below AR to accept.")
+@option("--max-new-tokens", type=COUNT, default=256, help="The longest answer.")
+@option("--count", type=PROBLEMS, default=200, help="Only the first problems.")
 @instruction_option
-@click.option("--verify", is_flag=True, expose_value=False, hidden=True)  # which it always runs
-@click.option("--max-drop", type=click.FloatRange(0, 100), default=1.0, help="Points below AR to accept.")
 @json_option
+@console.model_options
+@machine("--batch-size", type=COUNT, default=1, help="Prompts decoded at the same time.")
+@console.record_option
 @reports_mistakes
 def sweep(problems, count, instruction, max_drop, as_json, batch_size, max_new_tokens, **given):
     """Which decoder to choose for your problems.
 
-    Measures accuracy and speed of thresholds x block sizes x sub-block sizes x caches, and of --verify,
-    beside AR of the same weights. PROBLEMS is a file as for eval.
+    Measures accuracy and speed of thresholds x sub-block sizes x caches, and of --verify, beside AR of the
+    same weights. PROBLEMS is a file as for eval.
 
-    A row marked * is beaten by no other in both accuracy and speed. Answers are paired with AR's problem by
-    problem. A choice is recommended if with 95% confidence it loses no more than --max-drop points.
+    Recommended is the fastest of --verify, where it wrote AR's answers, and of those that with 95% confidence
+    lose no more than --max-drop points, paired with AR problem by problem.
 
     \b
     Examples:
@@ -299,10 +288,8 @@ def sweep(problems, count, instruction, max_drop, as_json, batch_size, max_new_t
     """
     from commands.evaluate import read_problems, sweep
     from commands.prompts import read_jsonl
-    from fastdllm import require
 
-    require(not math.isnan(max_drop), "--max-drop is nan; give points of accuracy, like 1.")
-    choices = {name: given.pop(name) for name in ("thresholds", "block_sizes", "sub_block_sizes", "caches")}
+    choices = {name: given.pop(name) for name in ("thresholds", "sub_block_sizes", "caches")}
     limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     problems = read_problems(problems and read_jsonl(problems), count, instruction)
     sweep(problems, choices, limits, given, max_drop, as_json)
@@ -314,26 +301,26 @@ DECODERS = ["ar", "block", "dual", "none", "prefix", "verify", "ahead"]
 
 
 @cli.command()
+@option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
+@option("--layers", type=click.IntRange(1, 1000), show_default="all", help="Cut --shape to so many.")
+@option("--decoders", default="ar,block,dual", type=ListOf(click.Choice(DECODERS)),
+        help="ar; block diffusion as block, dual (DualCache), none (no cache) or prefix (--accept prefix); "
+        "verify, and ahead (--verify --draft-ahead).")  # fmt: skip
+@option("--thresholds", show_default="0.9", type=ListOf(click.FloatRange(0, 1)))
+@option("--guesses-per-pass", type=COUNT, show_default="3 with --shape",
+        help="Keep exactly so many guesses instead of those above a threshold, which random weights never "
+        "pass.")  # fmt: skip
+@option("--sub-block-sizes", default="8", type=ListOf(COUNT))
+@option("--batch-sizes", default="1,4,16", type=ListOf(COUNT))
+@option("--prompts", type=COUNT, show_default="one batch; of problems 4, at least 16", help="How many.")
+@option("--prompt-tokens", type=COUNT, show_default="word problems instead; 1024 without tokenizer",
+        help="Random prompts of this length.")  # fmt: skip
+@option("--new-tokens", type=click.IntRange(2, 10**6), default=128, help="The longest answer.")
+@option("--rounds", type=click.IntRange(1, 1000), default=3, help="Interleaved; medians are shown.")
+@option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random prompts and weights.")
+@option("--output", "target", type=FILE, help="JSON file for all figures.")
 @console.model_options
 @console.record_option
-@click.option("--shape", help="Random weights of this shape instead of a checkpoint: 0.5b, 1.5b, 7b or tiny.")
-@click.option("--layers", type=click.IntRange(1, 1000), show_default="all", help="Cut --shape to so many.")
-@click.option("--decoders", default="ar,block,dual", type=ListOf(click.Choice(DECODERS)),
-              help="ar; block diffusion as block, dual (DualCache), none (no cache) or prefix (--accept "
-              "prefix); verify, and ahead (--verify --draft-ahead).")  # fmt: skip
-@click.option("--thresholds", show_default="0.9", type=ListOf(click.FloatRange(0, 1)))
-@click.option("--guesses-per-pass", type=COUNT, show_default="3 with --shape",
-              help="Keep exactly so many guesses instead of those above a threshold, which random weights "
-              "never pass.")  # fmt: skip
-@click.option("--sub-block-sizes", default="8", type=ListOf(COUNT))
-@click.option("--batch-sizes", default="1,4,16", type=ListOf(COUNT))
-@click.option("--prompts", type=COUNT, show_default="one batch; of problems 4, at least 16", help="How many.")
-@click.option("--prompt-tokens", type=COUNT, show_default="word problems instead; 1024 without tokenizer",
-              help="Random prompts of this length.")  # fmt: skip
-@click.option("--new-tokens", type=click.IntRange(2, 10**6), default=128, help="The longest answer.")
-@click.option("--rounds", type=click.IntRange(1, 1000), default=3, help="Interleaved; medians are shown.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random prompts and weights.")
-@click.option("--output", "target", type=FILE, show_default="none", help="JSON file for all figures.")
 @reports_mistakes
 def bench(**given):
     """Speed, memory and time of each kind of pass.
@@ -348,12 +335,13 @@ def bench(**given):
     """
     from benchmarks.speed import bench
 
+    console.require_writable("--output", given["target"], mark='"decoder"')
     bench(**given)
 
 
 @cli.command()
-@click.argument("checkpoint", required=False)
-@click.option("--model", show_default="the demo model", help="The same as CHECKPOINT.")
+@click.argument("checkpoint", type=console.FOLDER, required=False)
+@option("--model", type=console.FOLDER, show_default="the demo model", help="The same as CHECKPOINT.")
 @json_option
 @reports_mistakes
 def info(checkpoint, model, as_json):
@@ -365,11 +353,14 @@ def info(checkpoint, model, as_json):
 
     import torch
 
-    from checkpoint import DTYPES, read_checkpoint, read_json
+    from checkpoint import DTYPES, read_checkpoint, read_json, shards
     from fastdllm import InputError, Qwen2, require
 
     require(not (model and checkpoint), "CHECKPOINT and --model name the same thing; give one of them.")
-    folder, config, tokenizer = read_checkpoint(model or checkpoint or str(console.SHIPPED), weights=False)
+    place = model or checkpoint or str(console.SHIPPED)
+    folder, config, tokenizer = read_checkpoint(place, weights=False)
+    there = Path(place).is_dir()  # of a Hub id no weights are fetched
+    missing = [name for name in shards(folder) if there and not (folder / name).is_file()]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Qwen2(config).parameters())
     raw = read_json(folder / "config.json")
@@ -378,7 +369,8 @@ def info(checkpoint, model, as_json):
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     shown = lambda i: f"{i} {tokenizer.decode([i], skip_special_tokens=False)!r}" if tokenizer else f"{i}"
     shape = {name: value for name, value in asdict(config).items() if "token_id" not in name}
-    found = shape | {
+    found = {"missing_weights": missing} if missing else {}
+    found |= shape | {
         "parameters": parameters,
         "dtype": dtype,
         "kind": "autoregressive" if config.block_size == 1 else "block diffusion",

@@ -369,42 +369,44 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(aligned(line)).rstrip() for line in (header, *lines))
 
 
-HEADER = "decoder, batch, tokens/forward, tokens/s, x AR, tokens/s with prefill, x AR with prefill, "
-HEADER += "prefill ms, peak MiB"
+HEADER = "decoder, batch, tokens/pass, tokens/s, x AR, overall, x overall, prefill ms, MiB"
 
 
 def tables(rows: list[dict], machine: dict, device: torch.device, record: bool) -> str:
     """The report as text: rates, then the passes."""
     middle = lambda found, digits: "-" if found is None else f"{found['median']:.{digits}f}"
     lines, passes = [], []
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row["passes"]))
     for row in rows:
-        name, memory = [row["decoder"], str(row["batch_size"])], row["peak_memory_mib"]
-        lines.append([*name, f"{row['tokens_per_forward']:.2f}", ranged(row["tokens_per_second"])])
+        short = row["decoder"].replace(" sub-block", "").replace(" threshold", "")
+        name, memory = [short, str(row["batch_size"])], row["peak_memory_mib"]
+        digits = 0 if row["tokens_per_second"]["median"] > 100 else 1
+        lines.append([*name, f"{row['tokens_per_forward']:.2f}", ranged(row["tokens_per_second"], digits)])
         lines[-1] += [middle(row["speed_up"], 2), middle(row["tokens_per_second_with_prefill"], 1)]
         lines[-1] += [middle(row["speed_up_with_prefill"], 2), middle(row["prefill_ms"], 1)]
         lines[-1].append("-" if memory is None else f"{memory:,.0f}")
-        cell = lambda p: f"{p['ms']['median']:.2f} ({100 * p['share_of_limit']:.0f}%)" if p else "-"
-        passes.append([*name, *(cell(row["passes"].get(kind)) for kind in kinds)])
+        cell = lambda p: f"{p['ms']['median']:.2f} ({100 * p['share_of_limit']:.0f}%)"
+        kinds = ", ".join(f"{kind} {cell(p)}" for kind, p in row["passes"].items())
+        passes.append(f"{short}, batch {row['batch_size']}: {kinds}")
     copied, multiplied = machine["bytes_per_second"] / 1e9, machine["operations_per_second"] / 1e12
     whose = "of CUDA's tensors" if device.type == "cuda" else "of the whole process so far (ru_maxrss)"
     if record:
-        whose += "; recorded passes take the cache in powers of 2, so up to twice what the prompts need"
+        whose += ";\nrecorded passes take the cache in powers of 2, so up to twice what the prompts need"
     parts = [
         table(HEADER.split(", "), lines),
-        "tokens/s (lowest..highest) is of decoding alone, tokens/s with prefill of all the time.\n"
-        f"Peak memory is that {whose}.",
-        table(["milliseconds a pass", "batch", *kinds], passes),
-        f"(%): share of the machine's limit, the longer of bytes at a large copy's {copied:,.1f} GB/s and\n"
-        f"operations at {multiplied:,.3f} Tflop/s, a large matrix product's.",
+        "Decoders with blocks have their sub-block size and threshold behind the name. tokens/s\n"
+        "(lowest..highest) is of decoding alone, overall includes the prefill. Peak memory is that\n"
+        f"{whose}.",
+        "\n".join(["Milliseconds a pass (share of the machine's limit):", *passes]),
+        f"The limit is the longer of bytes at a large copy's {copied:,.1f} GB/s and operations at\n"
+        f"{multiplied:,.3f} Tflop/s, a large matrix product's.",
     ]
     if times := machine.get("layer_ms"):
         by_width = [dict(zip(times, ms)) for ms in zip(*times.values())]
         fast = [min(ms, key=ms.get) for ms in by_width]
         said = [" and ".join(f"{x:.3g} ms in {name}" for name, x in ms.items()) for ms in by_width]
         parts.append(
-            f"Fast on this CPU: --dtype {fast[0]} for AR (a layer takes {said[0]} for one token),\n"
-            f"--dtype {fast[1]} for blocks ({said[1]} for {WIDTHS[1]} tokens)."
+            f"Fast on this CPU: --dtype {fast[0]} for AR, --dtype {fast[1]} for blocks. A layer takes\n"
+            f"{said[0]} for one token,\n{said[1]} for {WIDTHS[1]}."
         )
     return "\n\n".join(parts)
 
@@ -513,3 +515,5 @@ def bench(
     finally:
         if rows:
             click.echo(tables(rows, about["machine"], network.weight.device, record))
+            if target:
+                click.echo(f"wrote {target}", err=True)

@@ -1,6 +1,5 @@
 """A conversation in a terminal: `cli.py chat`. Finished blocks stay in the cache from turn to turn."""
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -12,15 +11,15 @@ from pathlib import Path
 
 import click
 
-from checkpoint import Tokenizer, replace_file
-from commands.console import SAMPLE, SHIPPED, require_writable, sentence_of
-from commands.prompts import rates, stream_answer, summary_line, timed
+from checkpoint import Tokenizer
+from commands.console import SAMPLE, SHIPPED, sentence_of
+from commands.prompts import stream_answer
 from fastdllm import Decoding, InputError, KVCache, Qwen2, Step, decode, require
 
 with suppress(ImportError):  # a history and editing keys for `input`, where the system has them
     import readline  # noqa: F401
 
-HELP = "Commands: /clear, /system TEXT, /stats, /save FILE, /help, /quit. Ctrl-C stops an answer."
+HELP = "Commands: /clear, /help, /quit. Ctrl-C stops an answer."
 DEMO = "The demo model solves one word problem, and a further question about it; /clear before another one."
 
 
@@ -43,18 +42,15 @@ class ChatCache:
 
 
 class Chat:
-    """A conversation, and what it has cost. `system` None: what the template writes by itself."""
+    """A conversation. `system` None: what the template writes by itself."""
 
     def __init__(self, model: Qwen2, tokenizer: Tokenizer, decoding: Decoding, system: str | None):
-        self.model, self.tokenizer, self.decoding, self.system = model, tokenizer, decoding, system
+        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.system = [] if system is None else [{"role": "system", "content": system}]
         self.clear()
 
     def clear(self) -> None:
-        self.turns, self.cache, self.results, self.seconds = [], ChatCache(), [], 0.0
-
-    @property
-    def messages(self) -> list[dict]:
-        return [{"role": "system", "content": self.system}] * (self.system is not None) + self.turns
+        self.messages, self.cache = [*self.system], ChatCache()
 
     def run(self, name: str) -> None:
         """Read lines until /quit or the input ends; Ctrl-C ends a line or an answer, never the program.
@@ -70,39 +66,19 @@ class Chat:
                 require(not re.search("[\ud800-\udfff]", line), "The line is no UTF-8 text.")
                 if line in ("/exit", "/quit", "exit", "quit"):
                     return
-                self.turn(line)
+                if line == "/clear":
+                    self.clear()
+                    click.echo("The conversation is cleared.", err=True)
+                elif line.startswith("/"):
+                    click.echo(f"Error: unknown command {line}. " * (line != "/help") + HELP, err=True)
+                elif line:
+                    self.answer(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
                 click.echo(err=True)
             except (InputError, OSError) as error:
                 click.echo(f"Error: {sentence_of(error)}", err=True)
-
-    def turn(self, line: str) -> None:
-        """One line: a command, which says what it did, or something to answer."""
-        name, _, rest = line.partition(" ")
-        rest, said = rest.strip(), HELP
-        if not line.startswith("/"):
-            return self.answer(line) if line else None
-        if name == "/clear":
-            self.clear()
-            said = "The conversation is cleared."
-        elif name == "/system":
-            self.system = rest
-            said = f"The system message is now {rest!r}." if rest else "The system message is now empty."
-        elif name == "/stats":
-            room = self.model.config.max_position_embeddings
-            said = summary_line(rates(self.results, self.seconds))
-            said += f"; {len(self.cache.tokens)} of {room} positions are in the cache"
-        elif name == "/save":
-            require(rest and rest.isprintable(), "/save needs a file's name.")
-            require_writable(name, Path(rest))
-            content = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
-            replace_file(Path(rest), partial(Path.write_text, data=content, encoding="utf-8"))
-            said = f"Saved to {rest}."
-        elif name != "/help":
-            said = f"Error: unknown command {name}. {HELP}"
-        click.echo(said, err=True)
 
     def answer(self, question: str) -> None:
         """One turn; an answer that Ctrl-C has cut is forgotten, with its question.
@@ -115,16 +91,13 @@ class Chat:
         room = most - len(prompt)
         require(room > 0, f"The conversation has outgrown the model's {most} positions; /clear it.")
         decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
-        times = []
-        steps = timed(self.cache.decode(self.model, prompt, decoding), times)
+        steps = self.cache.decode(self.model, prompt, decoding)
         result = stream_answer(steps, self.tokenizer, partial(click.echo, nl=False))
         click.echo()
-        self.results.append(result)
-        self.seconds += times[-1][1]
         if not result.finish_reason:
             click.echo("(interrupted; this question and its answer are forgotten)", err=True)
             return
-        self.turns += [turn, {"role": "assistant", "content": self.tokenizer.decode(result.tokens)}]
+        self.messages += [turn, {"role": "assistant", "content": self.tokenizer.decode(result.tokens)}]
         if result.finish_reason == "length":
             full = decoding.max_new_tokens == room
             limit = "the model has no more positions" if full else "--max-new-tokens"

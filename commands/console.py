@@ -5,6 +5,7 @@ torch takes seconds to import. So it is imported where something runs, and help 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import functools
 import os
@@ -12,8 +13,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ SAMPLE = (
     "shares them equally among 6 friends. How many cards does each friend get?"
 )
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
-HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "show_default": True}
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 # this process's number, and how many torchrun started
 TORCHRUN = os.environ if "LOCAL_RANK" in os.environ else {}
 RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -39,11 +39,8 @@ RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1
 
 # --- Mistakes ---
 
-
-class OneSentence(click.ClickException):
-    """A user's mistake: one sentence on stderr and exit status 2."""
-
-    exit_code = 2
+OneSentence = click.UsageError  # a user's mistake: exit status 2, and on stderr one sentence,
+OneSentence.show = click.ClickException.show  # without click's three lines before it
 
 
 def flag_of(field: str) -> str:
@@ -93,50 +90,21 @@ def reports_mistakes(command: Callable) -> Callable:
     return wrapped
 
 
-class Commands(click.Group):
-    """A group that names the nearest option for one that does not exist, and says where options go."""
+def require_writable(flag: str, path: Path | None, mark: str = "") -> None:
+    """Raises InputError where `path` cannot become a file, or is one without `mark`; call it before work.
 
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(context, args)
-        except click.NoSuchOption as error:
-            where = f"stands before the command; options follow it: {context.command_path} COMMAND"
-            raise OneSentence(f"{error.option_name} {where} {error.option_name} ...") from None
-
-    def invoke(self, context: click.Context) -> object:
-        try:
-            return super().invoke(context)
-        except click.NoSuchOption as error:
-            command, near = error.ctx.command_path, error.possibilities or []
-            hint = f"did you mean {near[0]}?" if near else f"see {command} --help."
-            raise OneSentence(f"{command} has no option {error.option_name}; {hint}") from None
-
-
-def require_writable(flag: str, path: Path) -> None:
-    """Raises InputError where the folder is missing, or `path` is no regular file; call it before work."""
+    mark: text that each file of this kind holds, so that no other one is replaced.
+    """
     from fastdllm import require
 
+    if path is None:
+        return
     folder = path.absolute().parent
     require(folder.is_dir(), f"{flag} {path}: the folder {folder} does not exist.")
-    require(not path.is_dir(), f"{flag} {path}: is a folder; name a file.")
-    require(path.is_file() or not path.exists(), f"{flag} {path}: is no regular file; name a file.")
+    require(path.is_file() or not path.exists(), f"{flag} {path}: is no file; name one.")
     require(os.access(folder, os.W_OK), f"{flag} {path}: nothing can be written in the folder {folder}.")
-
-
-@contextmanager
-def ctrl_c() -> Iterator[list]:
-    """A list that Ctrl-C fills, so that the caller ends after the pass in work; a second one interrupts."""
-    pressed = []
-
-    def handler(number, frame):
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    own = not mark or not path.exists() or mark.encode() in path.read_bytes()
+    require(own, f"{flag} {path}: holds something else; remove it, or name another file.")
 
 
 def say(note: str) -> None:
@@ -145,8 +113,59 @@ def say(note: str) -> None:
         click.echo(f"Note: {note}", err=True)
 
 
-# --- Options ---
-# Where the default is None, "not given", `show_default` says what then counts.
+def counted(number: int, noun: str) -> str:
+    """The number with its noun: 1 token, 2 tokens, 2 passes."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{ending}"
+
+
+# --- Help pages ---
+
+
+class Option(click.Option):
+    """An option under a heading of its command's help page, which shows no bounds of numbers."""
+
+    def __init__(self, *given, heading: str = "Options", **more):
+        super().__init__(*given, **more)
+        self.heading = heading
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        return super().make_metavar(ctx).removesuffix(" RANGE")
+
+    def get_help_extra(self, context: click.Context) -> dict:
+        extra = super().get_help_extra(context)
+        default = extra.get("default", "").strip("()")  # brackets stand around it already
+        return {"default": default} if default else {}
+
+
+class Command(click.Command):
+    """A command whose options stand under headings."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        sections = {}
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "heading", "Options"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class Commands(click.Group):
+    """A group of such commands, that says where options go."""
+
+    command_class = Command
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, args)
+        except click.NoSuchOption as error:
+            where = f"stands before the command; options follow it: {context.command_path} COMMAND"
+            raise OneSentence(f"{error.option_name} {where} {error.option_name} ...") from None
+
+
+# --- Types of values ---
 
 FILE, COUNT = click.Path(path_type=Path), click.IntRange(1, 10**6)
 
@@ -164,54 +183,83 @@ class ListOf(click.ParamType):
         return [self.kind.convert(part, parameter, context) for part in parts]
 
 
+class Existing(click.Path):
+    """A place to read, as text. Where there is none, what has nearly its name is offered."""
+
+    def convert(self, value, parameter, context) -> str:
+        folder, name = os.path.split(value)
+        if value != "-" and not os.path.exists(value) and os.path.isdir(folder or "."):
+            for near in difflib.get_close_matches(name, os.listdir(folder or "."), 1):
+                self.fail(f"{value} does not exist; did you mean {os.path.join(folder, near)}?")
+        return super().convert(value, parameter, context)
+
+
+INPUT = Existing(exists=True, dir_okay=False, allow_dash=True)
+FOLDER = Existing(file_okay=False)  # a Hub id may stand for it
+FOLDER.name = "folder"
+
+
+# --- Options ---
+# Where the default is None, "not given", `show_default` says what then counts.
+
+
 def options(*chosen: Callable) -> Callable:
     """One decorator that adds options to a command, in this order."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(chosen), command)
 
 
-threads_option = click.option(
+def under(heading: str) -> Callable:
+    """`click.option`, for options under this heading."""
+    return functools.partial(click.option, cls=Option, heading=heading)
+
+
+option, method, lossless, drawing = map(under, ("Options", "Method", "Lossless", "Drawing tokens"))
+answers, view, machine = map(under, ("Input and output", "View", "Model and machine"))
+
+threads_option = machine(
     "--threads", type=click.IntRange(1, 1024), show_default="torch's choice",
     help="CPU threads; beside other programs fewer are often faster.",
 )  # fmt: skip
-batch_option = click.option("--batch-size", type=COUNT, default=16, help="Prompts decoded at the same time.")
-record_option = click.option(
+batch_option = machine("--batch-size", type=COUNT, default=16, help="Prompts decoded at the same time.")
+record_option = machine(
     "--record/--no-record", default=True, help="CUDA: replay passes as CUDA graphs, faster."
 )
 model_options = options(  # which model a command opens, and where: what `open_model` takes
-    click.option("--model", default=str(SHIPPED), show_default="tiny/checkpoint, the demo model",
-                 help="A checkpoint: a folder or Hub id."),
-    click.option("--adapter", show_default="none", help="A draft adapter for --verify: a folder or Hub id."),
-    click.option("--device", default="auto", help="auto, cpu, cuda or mps."),
-    click.option("--dtype", default="auto", help="auto (as in the files), float32, bfloat16 or float16."),
-    click.option("--prepack/--no-prepack", "packed", default=True,
-                 help="CPU: keep the weights as its matrix products read them, faster."),
+    machine("--model", type=FOLDER, default=str(SHIPPED), show_default="the demo model, tiny/checkpoint",
+            help="A checkpoint: a folder or Hub id."),
+    machine("--adapter", type=FOLDER, help="A draft adapter for --model: a folder or Hub id."),
+    machine("--device", default="auto", help="auto, cpu, cuda or mps."),
+    machine("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+            help="auto: as in the files."),
+    machine("--prepack/--no-prepack", "packed", default=True,
+            help="CPU: keep the weights as its matrix products read them, faster."),
     threads_option,
 )  # fmt: skip
 decoding_options = options(  # how an answer is decoded: what `take_decoding` takes
-    click.option("--block-size", type=COUNT, show_default="the checkpoint's",
-                 help="Tokens that are denoised together; 1 is autoregressive decoding (AR)."),
-    click.option("--sub-block-size", type=COUNT, show_default="8, or what divides the block",
-                 help="Tokens of a block that are revealed before the next ones."),
-    click.option("--threshold", type=click.FloatRange(0, 1), show_default="0.9",
-                 help="Keep guesses of more confidence than this; 1 keeps one per pass."),
-    click.option("--accept", type=click.Choice(["threshold", "prefix"]), show_default="threshold",
-                 help="Keep all guesses above the threshold, or only those before the first one below."),
-    click.option("--cache", type=click.Choice(["none", "block", "dual"]), show_default="block",
-                 help="Compute all again, or keep finished blocks, or (DualCache) also most of a block."),
-    click.option("--verify", is_flag=True, help="Lossless: keep only guesses that AR would choose too."),
-    click.option("--draft-width", type=COUNT, show_default="the adapter's, else half a block",
-                 help="With --verify: tokens that a pass drafts."),
-    click.option("--draft-ahead", is_flag=True, default=None, show_default="off",
-                 help="With --verify: draft in verifying passes too, so fewer but wider passes."),
-    click.option("--max-new-tokens", type=COUNT, default=256, help="The longest answer."),
-    click.option("--temperature", type=click.FloatRange(0, 1e4), default=0.0,
-                 help="0 takes the most probable token; above, tokens are drawn, the higher the wilder."),
-    click.option("--top-p", type=click.FloatRange(0, 1), show_default="1",
-                 help="Draw from the most probable tokens that together reach this probability."),
-    click.option("--top-k", type=COUNT, show_default="all",
-                 help="Draw from so many of the most probable tokens."),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), show_default="another each time",
-                 help="Makes drawing repeatable."),
+    method("--block-size", type=COUNT, show_default="the checkpoint's",
+           help="Tokens that are denoised together; 1 is autoregressive decoding (AR)."),
+    method("--sub-block-size", type=COUNT, show_default="8, or what divides it and the block",
+           help="Tokens of a block that are revealed before the next ones."),
+    method("--threshold", type=click.FloatRange(0, 1), show_default="0.9",
+           help="Keep guesses of more confidence than this; 1 keeps one per pass."),
+    method("--accept", type=click.Choice(["threshold", "prefix"]), show_default="threshold",
+           help="Keep all guesses above the threshold, or only those before the first one below."),
+    method("--cache", type=click.Choice(["none", "block", "dual"]), show_default="block",
+           help="Compute all again, or keep finished blocks, or (DualCache) also most of a block."),
+    lossless("--verify", is_flag=True, help="Keep only guesses that AR would choose too."),
+    lossless("--draft-width", type=COUNT, help="Tokens that a pass of --verify drafts.",
+             show_default="the adapter's, else half a block, or with --draft-ahead an eighth"),
+    lossless("--draft-ahead", is_flag=True, default=None,
+             help="Draft in verifying passes too: wider passes, not always fewer (the demo model takes 11 "
+             "instead of 6)."),
+    drawing("--temperature", type=click.FloatRange(0, 1e4), default=0.0,
+            help="0 takes the most probable token; above, tokens are drawn, the higher the wilder."),
+    drawing("--top-p", type=click.FloatRange(0, 1), show_default="1",
+            help="Draw from the most probable tokens that together reach this probability."),
+    drawing("--top-k", type=COUNT, show_default="all", help="Draw from so many of the most probable tokens."),
+    drawing("--seed", type=click.IntRange(0, 2**63 - 1), show_default="another each time",
+            help="Makes drawing repeatable."),
+    answers("--max-new-tokens", type=COUNT, default=256, help="The longest answer."),
 )  # fmt: skip
 
 
@@ -223,38 +271,37 @@ def take_decoding(given: dict) -> Decoding:
     verify, names = given.pop("verify"), Verified.__dataclass_fields__
     named = {name: given.pop(name) for name in names if name in given}
     named = {name: value for name, value in named.items() if value is not None}
+    blocks = ("block_size", "sub_block_size", "threshold", "accept", "cache")
+    idle = blocks if verify else ("draft_width", "draft_ahead")
+    advice = (
+        "means nothing to --verify, which writes what AR would; leave"
+        if verify
+        else "is for --verify; add it, or leave"
+    )
     for name in named:
-        flag, of_blocks = flag_of(name), ("block_size", "sub_block_size", "threshold", "accept", "cache")
-        lossless = f"--verify writes what AR would write, so leave {flag} out, or leave --verify out."
-        require(not verify or name not in of_blocks, lossless)
-        drafts = f"{flag} is for --verify; add --verify, or leave {flag} out."
-        require(verify or name not in ("draft_width", "draft_ahead"), drafts)
+        require(name not in idle, f"{flag_of(name)} {advice} {flag_of(name)} out.")
     return (Verified if verify else Decoding)(**named)
 
 
 def resolve(asked: Decoding, model: Qwen2) -> Decoding:
     """What was asked for, with the model's values; says what a user should know of it."""
-    from fastdllm import Decoding, require
+    from fastdllm import Decoding
     from verify import Verified, adapter_of
 
-    verify, trained = isinstance(asked, Verified), model.config.block_size
-    no_drafts = "--verify needs a model that can draft: give it an --adapter, or adapt it (train.py adapt)."
-    require(not verify or model.config.mask_token_id is not None, no_drafts)
-    decoding = asked.resolve(model)
-    size = decoding.block_size
+    decoding, trained, verify = asked.resolve(model), model.config.block_size, isinstance(asked, Verified)
+    size, sub = decoding.block_size, decoding.sub_block_size
     if adapter_of(model) and not verify:
         price = "quality is not guaranteed" if size > 1 else "it changes nothing"
         say(f"the adapter learnt drafts only; without --verify {price}.")
-    elif size == 1 < trained and not verify:
-        say("block size 1 decodes autoregressively, one token per pass.")
     elif size not in (1, trained):
         paper = "paper, 1.5B, GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2"
         say(f"the checkpoint was trained with block size {trained}; another one costs accuracy ({paper}).")
-    idle = {name: "block size 1" for name in ("threshold", "accept", "cache") if size == 1 and not verify}
-    idle |= {name: "temperature 0" for name in ("top_p", "top_k", "seed") if not asked.temperature}
-    for name, place in idle.items():
-        if getattr(asked, name) not in (getattr(Decoding, name), "none"):  # without a cache even AR differs
-            say(f"{flag_of(name)} changes nothing at {place}.")
+    if sub < min(8, size) and asked.sub_block_size is None:
+        odd = f"block size {size} is no multiple of 8, so its sub-blocks have {counted(sub, 'token')}"
+        say(f"{odd}, which is slow; --sub-block-size {size} takes the whole block.")
+    for name in ("top_p", "top_k", "seed"):
+        if getattr(asked, name) != getattr(Decoding, name) and not asked.temperature:
+            say(f"{flag_of(name)} changes nothing at temperature 0.")
     return decoding
 
 
@@ -266,15 +313,11 @@ def own_device(device: str) -> str:
     import torch
 
     from checkpoint import pick_device
-    from fastdllm import require
 
     local = os.environ.get("LOCAL_RANK")
     if local and device in ("auto", "cuda") and torch.cuda.is_available():
-        there = torch.cuda.device_count()
-        few = f"torchrun started more processes than the {there} GPUs here; lower --nproc-per-node."
-        require(int(local) < there, few)
-        torch.cuda.set_device(int(local))  # before anything else touches a device
         device = f"cuda:{local}"
+        torch.cuda.set_device(pick_device(device))  # before anything else touches a device
     return pick_device(device)
 
 
@@ -292,12 +335,18 @@ def open_model(
 
     from checkpoint import load
     from fast import RecordedPasses, avoid_cudnn_attention, prepack
+    from fastdllm import require, rounds_by_width
     from verify import load_adapter
 
+    alone = "--adapter fits the model that it was made for, not the demo model; give that with --model."
+    require(not adapter or model != str(SHIPPED), alone)
     if threads:
         torch.set_num_threads(threads)
     network, tokenizer = load(model, own_device(device), dtype)
     network = load_adapter(network, adapter) if adapter else network
+    one_dnn = torch.backends.mkldnn.is_available()
+    if rounds_by_width(network) and not (one_dnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        say("this CPU is slow in bfloat16; --dtype float32 is faster here.")
     recorded = None
     if network.weight.is_cuda:
         avoid_cudnn_attention()

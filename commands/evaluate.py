@@ -6,11 +6,11 @@ import math
 import re
 import sys
 import time
-from collections import Counter
 from decimal import Decimal
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
+from statistics import NormalDist
 
 import click
 from tqdm import tqdm
@@ -39,24 +39,17 @@ REWRITES = [  # what LaTeX puts into and around numbers
 
 
 def final_answer(text: str) -> str | None:
-    """The number that a text ends in, in plain decimal spelling, such as "-7" or "1234.5", or None."""
-    return find_answer(text)[0]
-
-
-def find_answer(text: str) -> tuple[str | None, str | None]:
-    """`final_answer`, and its place: the last #### line, else the last \\boxed{}, else the last number.
+    """The number of the last #### line, else of the last \\boxed{}, else the last one, such as "1234.5".
 
     What holds no number is passed over: such a #### line is a heading, such a box was left empty.
     """
     for pattern, plain in REWRITES:
         text = re.sub(pattern, plain, text)
     lines = [line.rstrip("# ").rpartition("####")[2] for line in text.splitlines() if "####" in line]
-    for place, parts in ("####", lines), ("boxed", boxes(text)):
-        for part in reversed(parts):
-            if answer := stated_number(part):
-                return answer, place
-    numbers = numbers_of(text)
-    return (numbers[-1], "last number") if numbers else (None, None)
+    for part in [*reversed(lines), *reversed(boxes(text))]:
+        if answer := stated_number(part):
+            return answer
+    return next(reversed(numbers_of(text)), None)
 
 
 def boxes(text: str) -> list[str]:
@@ -127,8 +120,8 @@ def read_problems(
 def verdict(problem: dict, result: Result, tokenizer: Tokenizer) -> dict:
     """One line of an evaluation's file. It holds no times, so a repeated run writes the same."""
     text = tokenizer.decode(result.tokens)
-    answer, place = find_answer(text)
-    judged = {"answer": answer, "correct": answer == problem["expected"], "answer_from": place, "text": text}
+    answer = final_answer(text)
+    judged = {"answer": answer, "correct": answer == problem["expected"], "text": text}
     counts = {"new_tokens": len(result.tokens), "forward_passes": result.forward_passes}
     return problem | judged | counts | {"finish_reason": result.finish_reason}
 
@@ -145,59 +138,38 @@ def scores(verdicts: list[dict], seconds: float | None = None) -> dict:
         "tokens_per_forward": tokens / max(1, sum(v["forward_passes"] for v in verdicts)),
         "tokens_per_second": tokens / seconds if seconds else None,
         "stopped_by_length": share("finish_reason", "length"),
-        "answers_from": dict(Counter(v["answer_from"] or "nowhere" for v in verdicts).most_common()),
     }
 
 
-def score_line(found: dict) -> str:
-    speed = found["tokens_per_second"]
-    return (
-        f"{100 * found['accuracy']:.1f}% (standard error {100 * found['standard_error']:.1f}) "
-        f"of {found['problems']} problems, {found['tokens_per_forward']:.2f} tokens per forward"
-        + (f", {speed:.1f} tokens/s" if speed else "")
-        + f", {100 * found['stopped_by_length']:.1f}% stopped by length; answers from "
-        + ", ".join(f"{place}: {count}" for place, count in found["answers_from"].items())
-    )
+def highest_share(k: float, n: int) -> float:
+    """Wilson's upper bound, at confidence 97.5%, of a share that was k of n."""
+    z = NormalDist().inv_cdf(0.975)
+    share, spread = k / n, z * math.sqrt(k * (n - k) / n + z * z / 4) / n
+    return (share + z * z / (2 * n) + spread) / (1 + z * z / n)
 
 
-def binomial_bound(k: int, n: int, alpha: float = 0.025) -> float:
-    """Clopper and Pearson's upper bound of a probability after k of n successes, at confidence 1 - alpha."""
-    if k >= n:
-        return 1.0
-    low, high = k / n, 1.0
-    few = 2 * k < n
-    side = range(k + 1) if few else range(k + 1, n + 1)  # the shorter one
-    terms = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in side]
-    for _ in range(40):  # bisection
-        p = (low + high) / 2
-        log_p, log_q = math.log(p), math.log1p(-p)
-        tail = sum(math.exp(term + i * log_p + (n - i) * log_q) for i, term in zip(side, terms))
-        at_most_k = tail if few else 1 - tail
-        low, high = (p, high) if at_most_k > alpha else (low, p)
-    return high
-
-
-def paired_drop(ar: list[bool], own: list[bool], most: float) -> dict:
+def paired_drop(ar: list[bool], own: list[bool]) -> dict:
     """How much accuracy a decoder loses against AR on the same problems, with its upper bound at 95%.
 
-    `lost` are problems that only AR gets right, `gained` those that only the decoder does. The drop is
-    (lost - gained) / n. Its bound is the upper bound of lost's share less the lower bound of gained's, each
-    at 97.5%. `problems_needed`: how many problems with these shares would bring the bound to `most`; None if
-    it is there, or if no size that was tried does.
+    The drop is the share of problems that only AR gets right less that of those that only the decoder does,
+    so its bound is the one's upper bound less the other's lower bound.
     """
     n = len(ar)
     lost = sum(a and not b for a, b in zip(ar, own))
     gained = sum(b and not a for a, b in zip(ar, own))
-    bound = lambda n, lost, gained: binomial_bound(lost, n) - (1 - binomial_bound(n - gained, n))
-    drop, upper, needed = (lost - gained) / n, bound(n, lost, gained), None
-    if drop < most < upper:
-        sizes = (math.ceil(n * 1.1**i) for i in range(1, 80))
-        scaled = ((size, size * lost // n, size * gained // n) for size in sizes)
-        needed = next((size for size, *counts in scaled if bound(size, *counts) <= most), None)
-    return {"drop": drop, "drop_upper": upper, "problems_needed": needed}
+    upper = highest_share(lost, n) + highest_share(n - gained, n) - 1
+    return {"drop": (lost - gained) / n, "drop_upper": upper}
 
 
 # --- eval ---
+
+
+def score_line(found: dict) -> str:
+    accuracy, error, cut = (100 * found[key] for key in ("accuracy", "standard_error", "stopped_by_length"))
+    line = f"{accuracy:.1f}% (standard error {error:.1f}) of {console.counted(found['problems'], 'problem')}"
+    line += f", {found['tokens_per_forward']:.2f} tokens per forward"
+    line += f", {found['tokens_per_second']:.1f} tokens/s" if found["tokens_per_second"] else ""
+    return f"{line}, {cut:.1f}% stopped by length"
 
 
 def evaluate(
@@ -228,86 +200,73 @@ def sweep(
 ) -> None:
     """What `cli.py sweep` does: accuracy and speed of each choice beside AR of the same weights.
 
-    choices: lists of `thresholds`, `block_sizes` (None: the checkpoint's), `sub_block_sizes` and `caches`.
-    limits: what all choices share, `batch_size` and `max_new_tokens`.
+    choices: lists of `thresholds`, `sub_block_sizes` and `caches`. limits: what all choices share,
+    `batch_size` and `max_new_tokens`. Each row is printed when it is measured, so that Ctrl-C loses none.
     """
     network, tokenizer, recorded = console.open_model(**chosen)
-    decodings = [decoding.resolve(network) for decoding in decodings_of(network.config, choices, limits)]
-    encoded = prompts.encode_prompts(problems, tokenizer, decodings[0], network.config)
-    rows, answers = [], []
-    for decoding in tqdm(decodings, unit="row"):
-        generate(network, encoded[: decoding.batch_size], decoding, recorded)  # warms up
-        began = time.perf_counter()
-        results = generate(network, encoded, decoding, recorded)
-        seconds = time.perf_counter() - began
-        answers.append([verdict(*pair, tokenizer) for pair in zip(problems.values(), results)])
-        rows.append(scores(answers[-1], seconds) | prompts.options_of(decoding))
+    ways = {flags: way.resolve(network) for flags, way in ways_of(network.config, choices, limits).items()}
+    encoded = prompts.encode_prompts(problems, tokenizer, ways[AR], network.config)
+    show, width = (lambda line: None) if as_json else tqdm.write, max(map(len, ways))
     column = lambda verdicts, key: [verdict[key] for verdict in verdicts]
-    for row, own in zip(rows, answers):
-        row["speed_up"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        row["identical"] = column(own, "text") == column(answers[0], "text")
-        row |= paired_drop(column(answers[0], "correct"), column(own, "correct"), max_drop / 100)
-    for row in rows:
-        row["best"] = not any(beats(other, row) for other in rows)
-    sure = [row for row in rows if row["drop_upper"] <= max_drop / 100 or row is rows[0]]
-    best = max(sure, key=itemgetter("speed_up"))
-    if as_json:
+    rows, answers = [], []
+    show(f"{'':{width}} accuracy  s.e. tokens/forward  tokens/s times AR")
+    try:
+        for flags, decoding in tqdm(ways.items(), unit="row"):
+            generate(network, encoded[: decoding.batch_size], decoding, recorded)  # warms up
+            began = time.perf_counter()
+            results = generate(network, encoded, decoding, recorded)
+            seconds = time.perf_counter() - began
+            answers.append([verdict(*pair, tokenizer) for pair in zip(problems.values(), results)])
+            ar, own = answers[0], answers[-1]
+            row = {"flags": flags} | scores(own, seconds) | prompts.options_of(decoding)
+            row |= paired_drop(column(ar, "correct"), column(own, "correct"))
+            row["identical"] = column(own, "text") == column(ar, "text")
+            row["speed_up"] = row["tokens_per_second"] / (rows or [row])[0]["tokens_per_second"]
+            rows.append(row)
+            line = f"{flags:{width}} {100 * row['accuracy']:8.1f} {100 * row['standard_error']:5.1f}"
+            line += f" {row['tokens_per_forward']:14.2f} {row['tokens_per_second']:9.1f}"
+            show(f"{line} {row['speed_up']:8.2f}")
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted: {len(rows)} of {len(ways)} rows are measured.", err=True)
+    if rows:
+        best, said = recommended(rows, max_drop)
+        show(said)
         found = {"rows": rows, "recommended": best, "max_drop": max_drop}
-        click.echo(json.dumps(found | prompts.environment(str(network.weight.device))))
-    else:
-        print_table(rows, best, f"within {max_drop:g} points of AR")
+        if as_json:
+            click.echo(json.dumps(found | prompts.environment(str(network.weight.device))))
+    if len(rows) < len(ways):
+        sys.exit(console.INTERRUPTED)
 
 
-def decodings_of(config: Config, choices: dict, limits: dict) -> list[Decoding]:
-    """AR, verified drafts where the model has masks, and each choice whose sub-blocks fit."""
-    decodings = [Decoding(block_size=1, **limits)]
+AR = "--block-size 1"
+
+
+def ways_of(config: Config, choices: dict, limits: dict) -> dict[str, Decoding]:
+    """By their flags AR, verified drafts where the model has masks, and each choice where it has blocks."""
+    ways = {AR: Decoding(block_size=1, **limits)}
     if config.mask_token_id is not None:
-        decodings.append(Verified(**limits))
-    sizes = choices["block_sizes"] or [config.block_size] * (config.block_size > 1)
+        ways["--verify"] = Verified(**limits)
+    for cache, sub, threshold in itertools.product(
+        choices["caches"], choices["sub_block_sizes"], choices["thresholds"] if config.block_size > 1 else []
+    ):
+        flags = f"--threshold {threshold:g} --sub-block-size {sub}"
+        flags += f" --cache {cache}" if cache != "block" else ""
+        ways[flags] = Decoding(None, sub, threshold, cache, **limits)
     only_ar = "This checkpoint decodes by AR only, so nothing is to compare; adapt it, or give --adapter."
-    require(sizes or len(decodings) > 1, only_ar)
-    for size, sub in itertools.product(sizes, choices["sub_block_sizes"]):
-        if size % sub:
-            console.say(f"sub-block size {sub} does not divide block size {size}; left out.")
-            continue
-        ways = itertools.product(choices["caches"], choices["thresholds"])
-        decodings += [Decoding(size, sub, threshold, cache, **limits) for cache, threshold in ways]
-    require(not sizes or len(decodings) > 2, "No sub-block size divides a block size; choose others.")
-    return decodings
+    require(len(ways) > 1, only_ar)
+    return ways
 
 
-def beats(one: dict, other: dict) -> bool:
-    """Whether a row is better than another one in accuracy or speed, and worse in neither."""
-    differences = [one[key] - other[key] for key in ("accuracy", "tokens_per_second")]
-    return min(differences) >= 0 < max(differences)
-
-
-def print_table(rows: list[dict], best: dict, within: str) -> None:
-    """A line for each row, AR's first, and what follows from them."""
-    columns = "decoder threshold block sub-block cache accuracy s.e. tokens/forward tokens/s speed-up".split()
-    line = lambda cells: " ".join(f"{cell:>{max(8, len(name))}}" for cell, name in zip(cells, columns))
-    click.echo(line(columns))
-    for row in rows:
-        cells = [row["threshold"], row["block_size"], row["sub_block_size"], row["cache"]]
-        ar = "verify" if row["verify"] else "AR"
-        cells = ["blocks", *cells] if row["block_size"] > 1 else [ar, *"----"]
-        cells += [f"{100 * row['accuracy']:.1f}", f"{100 * row['standard_error']:.1f}"]
-        cells += [f"{row['tokens_per_forward']:.2f}", f"{row['tokens_per_second']:.1f}"]
-        click.echo(line([*cells, f"{row['speed_up']:.2f}"]) + " *" * row["best"])
-    advice = f"For 95% sure {within}, the fastest is {flags_of(best)}: {best['speed_up']:.2f} times AR."
-    stays = f"AR stays the choice: nothing that is faster is for 95% sure {within}."
-    click.echo(stays if best is rows[0] else advice)
-    for row in rows:
-        if row["verify"] and row["identical"] and row["speed_up"] > 1:
-            click.echo(f"--verify wrote AR's answers at {row['speed_up']:.2f} times AR's speed.")
-    faster = [row for row in rows if row["speed_up"] > best["speed_up"] and not row["verify"]]
-    unsure = [row for row in faster if row["problems_needed"]]
-    for row in sorted(unsure, key=itemgetter("speed_up"))[-1:]:
-        hope = f"{flags_of(row)} is faster, {row['speed_up']:.2f} times AR, and may be {within}"
-        click.echo(f"{hope}: --count {row['problems_needed']} would show it.")
-
-
-def flags_of(row: dict) -> str:
-    """The flags that choose this row's decoder."""
-    flags = "--threshold {threshold:g} --block-size {block_size} --sub-block-size {sub_block_size}"
-    return "--verify" if row["verify"] else (flags + " --cache {cache}").format(**row)
+def recommended(rows: list[dict], max_drop: float) -> tuple[dict, str]:
+    """The fastest row of AR, --verify where it wrote AR's answers, and those that surely lose little."""
+    within = f"within {max_drop:g} points of AR's accuracy"
+    lossless = lambda row: row["verify"] and row["identical"]
+    sure = [row for row in rows if row["drop_upper"] <= max_drop / 100 or lossless(row) or row is rows[0]]
+    best = max(sure, key=itemgetter("speed_up"))
+    because = "with AR's answers" if lossless(best) else f"with 95% confidence {within}"
+    said = f"Choose {best['flags']}: {best['speed_up']:.2f} times AR's speed, {because}."
+    if best is rows[0]:
+        said = f"Choose AR, {AR}: nothing faster is with 95% confidence {within}."
+    if any(row["speed_up"] > best["speed_up"] and row["drop"] < max_drop / 100 for row in rows):
+        said += " A higher --count may show it of a faster one."
+    return best, said

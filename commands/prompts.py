@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date
 from functools import partial
@@ -48,19 +48,18 @@ def encode_prompt(
         require(not raw and system is None, "--raw and --system are for text, not for token ids.")
         return request["prompt_ids"]
     require(tokenizer, "The checkpoint has no tokenizer; `generate` takes token ids with --prompt-ids.")
-    messages = request.get("messages")
+    prompt, messages = request.get("prompt"), request.get("messages")
+    require(prompt is None or messages is None, "`prompt` and `messages` exclude one another; give one.")
     if "prompt" in request:
-        prompt = request["prompt"]
-        require(messages is None, "`prompt` and `messages` exclude one another; give one of them.")
-        require(isinstance(prompt, str) and prompt.strip(), "The prompt is empty; give it some text.")
-        if raw:
-            require(system is None, "--raw continues the prompt as it is, so --system has no place in it.")
-            return tokenizer.encode_text(prompt)
+        require(isinstance(prompt, str), "`prompt` must be text, in quotes.")
+        require(prompt.strip(), "The prompt is empty; give it some text.")
         messages = [{"role": "user", "content": prompt}]
+    if raw:
+        require(prompt and system is None, "--raw continues a prompt, without messages and --system.")
+        return tokenizer.encode_text(prompt)
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     good = good and all(isinstance(m.get("role"), str) and "content" in m for m in messages)
     require(good, "This needs `prompt`, `prompt_ids`, or `messages`: objects with `role` and `content`.")
-    require(not raw, "--raw is for a prompt, not for messages.")
     if system is not None:
         first = messages[0]["role"]
         require(first != "system", "The messages have a system message already; leave --system out.")
@@ -78,7 +77,12 @@ def encode_prompts(
     prompts = []
     for place, request in requests.items():
         try:
-            prompts.append(check_prompt(encode_prompt(request, tokenizer, **options), decoding, config))
+            ids, most = encode_prompt(request, tokenizer, **options), config.max_position_embeddings
+            sizes = f"The prompt has {console.counted(len(ids), 'token')}, and the model {most} positions"
+            require(len(ids) < most, f"{sizes}; shorten the prompt.")
+            fits = len(ids) + decoding.max_new_tokens <= most
+            require(fits, f"{sizes}, so --max-new-tokens {most - len(ids)} is the most.")
+            prompts.append(check_prompt(ids, decoding, config))
         except InputError as error:
             raise InputError(f"{place}: {error}" if place else str(error)) from None
     return prompts
@@ -95,6 +99,8 @@ def read_jsonl(path: str) -> dict[str, dict]:
 
 def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
     """The objects of a JSONL file's content, by their place, such as "FILE, line 3"."""
+    array = f"{path}: holds a JSON array; JSONL has one object a line (`jq -c '.[]' FILE` makes it so)."
+    require(not content.lstrip().startswith(b"["), array)
     records = {}
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
@@ -113,20 +119,18 @@ def parse_jsonl(content: bytes, path: str | Path) -> dict[str, dict]:
 
 
 def stream_answer(steps: Iterable[Step], tokenizer: Tokenizer | None, show) -> Result:
-    """Hand an answer's text to `show` as it becomes final; Ctrl-C ends it after the pass in work."""
+    """Hand an answer's text to `show` as it becomes final; Ctrl-C ends it."""
     result = Result()
 
     def chunks() -> Iterator[list[int]]:
-        for step in steps:
-            result.add(step)
-            yield step.final
-            if interrupted:
-                return
+        with suppress(KeyboardInterrupt):
+            for step in steps:
+                result.add(step)
+                yield step.final
 
-    with console.ctrl_c() as interrupted:
-        as_numbers = ("".join(f"{i} " for i in ids) for ids in chunks())
-        for text in tokenizer.stream(chunks()) if tokenizer else as_numbers:
-            show(text)
+    as_numbers = ("".join(f"{i} " for i in ids) for ids in chunks())
+    for text in tokenizer.stream(chunks()) if tokenizer else as_numbers:
+        show(text)
     return result
 
 
@@ -161,7 +165,8 @@ def rates(results: list[Result], seconds: float | None = None) -> dict:
 
 def summary_line(found: dict) -> str:
     """What `rates` found in words, and the finish reason where there is one."""
-    line = f"{found['new_tokens']} tokens in {found['forward_passes']} forward passes: "
+    tokens, passes = found["new_tokens"], found["forward_passes"]
+    line = f"{console.counted(tokens, 'token')} in {console.counted(passes, 'forward pass')}: "
     line += f"{found['tokens_per_forward']:.2f} tokens per forward"
     line += f", {found['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in found else ""
     return line + (f", {found['finish_reason']}" if "finish_reason" in found else "")
@@ -198,22 +203,17 @@ def environment(device: str) -> dict:
 
 
 def finished(
-    model: Qwen2, prompts: list[list[int]], decoding: Decoding, recorded, done: int = 0
+    model: Qwen2, prompts: list[list[int]], decoding: Decoding, recorded
 ) -> Iterator[tuple[int, Result]]:
-    """Decode prompts in batches; yields index and result of each one when it ends.
-
-    A bar begins at `done`. After Ctrl-C the pass in work is the last.
-    """
+    """Decode prompts in batches; yields index and result of each one when it ends, until Ctrl-C."""
     results = [Result() for _ in prompts]
-    bar = tqdm(total=done + len(prompts), initial=done, unit="prompt", disable=console.RANK > 0)
-    with bar, console.ctrl_c() as interrupted:
+    bar = tqdm(total=len(prompts), unit="prompt", disable=console.RANK > 0)
+    with bar, suppress(KeyboardInterrupt):
         for step in decode(model, prompts, decoding, recorded):
             results[step.prompt].add(step)
             if step.finish_reason:
                 bar.update()
                 yield step.prompt, results[step.prompt]
-            if interrupted:
-                return
 
 
 def answer_all(
@@ -227,13 +227,12 @@ def answer_all(
     Returns the lines, fewer after Ctrl-C, and the seconds, None where an earlier run had begun. Of several
     processes only the first one returns.
     """
-    began = time.perf_counter()
+    began, lines, results = time.perf_counter(), [], {}
     if target is None:
-        lines, waiting = [], {}
         for index, result in finished(model, prompts, decoding, recorded):
-            waiting[index] = result
-            while (place := len(lines)) in waiting:  # in the order of the prompts, each as soon as possible
-                lines.append(line_of(place, waiting.pop(place)))
+            results[index] = result
+            while len(lines) in results:  # in the order of the prompts, each as soon as possible
+                lines.append(line_of(len(lines), results[len(lines)]))
                 show(lines[-1])
         if len(lines) < len(prompts):
             kept = "with --output FILE the same command would go on"
@@ -249,7 +248,7 @@ def answer_all(
     if console.RANK > 0:
         sys.exit()
     if complete:
-        console.say(f"{target} is complete: it holds these {len(prompts)} answers.")
+        console.say(f"{target} is complete: it holds {console.counted(len(prompts), 'answer')}.")
         return [json.loads(line) for line in there], None
     while len(results := read_parts(target, header)) < len(prompts):  # a process that dies ends this one
         time.sleep(0.5)
@@ -277,13 +276,11 @@ def answer_share(
             write_line(part, header)
         # longest first, so that the processes end at about the same time
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        share = order[console.RANK :: console.PROCESSES]
-        left, written = [i for i in share if i not in there], 0
-        some = [prompts[i] for i in left]
-        for index, result in finished(model, some, decoding, recorded, len(share) - len(left)):
+        left = [i for i in order[console.RANK :: console.PROCESSES] if i not in there]
+        for index, result in finished(model, [prompts[i] for i in left], decoding, recorded):
             write_line(part, {"index": left[index]} | asdict(result))
-            written += 1
-    if written < len(left):
+            there[left[index]] = result
+    if not there.keys() >= {*left}:
         click.echo(f"Interrupted: {go_on}", err=True)
         sys.exit(console.INTERRUPTED)
     return went_on
@@ -345,12 +342,11 @@ def header_of(model: str, adapter: str | None, network: Qwen2, decoding: Decodin
     paths = [folder / name for name in shards(folder)]
     if adapter is not None:
         paths.append(locate(adapter, files=ADAPTER_FILES) / ADAPTER_WEIGHTS)
-    files = {path.name: path.stat() for path in paths}
     return {
         "model": model,
         "adapter": adapter,
         "dtype": str(network.weight.dtype),
-        "weights": {name: [file.st_size, file.st_mtime_ns] for name, file in files.items()},
+        "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths},
         **json.loads(json.dumps(options)),
     }
 
@@ -361,10 +357,10 @@ def answer_file(
 ) -> None:  # fmt: skip
     """Decode many prompts, and write each answer with its request's fields to a file, or to stdout."""
     line_of = lambda index, result: requests[index] | report(result, prompts[index], tokenizer)
-    show = lambda line: click.echo(json.dumps(line, ensure_ascii=False))
     header = header | {"prompts": digest([requests, prompts])}
+    show = lambda line: click.echo(json.dumps(line, ensure_ascii=False))
     lines, seconds = answer_all(model, prompts, decoding, recorded, target, header, line_of, show)
     results = [Result(line["token_ids"], passes=line["passes"]) for line in lines]
-    click.echo(f"{len(lines)} answers, {summary_line(rates(results, seconds))}", err=True)
+    click.echo(f"{console.counted(len(lines), 'answer')}, {summary_line(rates(results, seconds))}", err=True)
     if len(lines) < len(prompts):
         sys.exit(console.INTERRUPTED)

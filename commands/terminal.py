@@ -7,6 +7,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 
+import click
 from tokenizers import decoders
 
 from checkpoint import Tokenizer
@@ -14,7 +15,8 @@ from fastdllm import Step
 
 RAMP = (33, 39, 44, 43, 42, 41, 77, 113, 149, 185, 221, 215, 209, 203, 204, 205, 206, 170, 134, 98)  # colours
 BLANK = "\u2591\u2591"  # a mask, as wide as a short word
-GREY, REFUSED = 240, -1
+GREY = 240
+PACE = 0.15  # seconds; a small model's passes would be too fast to be seen
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None], special: bool = True) -> list[str | None]:
@@ -27,16 +29,6 @@ def token_texts(tokenizer: Tokenizer, ids: Iterable[int | None], special: bool =
     return texts
 
 
-def refused_drafts(step: Step, mask: int | None) -> list[tuple[int, int]]:
-    """(position, token) of a step's drafts that AR would not choose, none of them behind the answer's end."""
-    if step.kind != "verify":
-        return []
-    drafts = itertools.takewhile(lambda token: token != mask, step.tokens[1:])
-    drafts = list(enumerate(drafts, step.start + 1))[len(step.revealed) - 1 :]  # the last one is AR's own
-    end = step.revealed[0].position + len(step.final)
-    return [(position, token) for position, token in drafts if not step.finish_reason or position < end]
-
-
 def cell_width(character: str) -> int:
     """Columns of a terminal that a character takes."""
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
@@ -45,50 +37,57 @@ def cell_width(character: str) -> int:
 
 
 def wrapped(cells: list[tuple[str, object]], width: int) -> list[list[tuple[str, object]]]:
-    """Cells of (text, mark) as lines of at most `width` columns; each character keeps its mark."""
-    lines, column = [[]], 0
+    """Cells of (text, mark) as lines of at most `width` columns; each character keeps its mark.
+
+    A line ends before the word that has no room, or within masks, and what is longer than a line is cut.
+    """
+    lines, columns = [[]], 0
     for text, mark in cells:
         for character in text.expandtabs(4):
             if unicodedata.category(character) == "Cc" and character != "\n":
                 character = "\ufffd"  # a model must not steer the terminal
-            if character == "\n" or column + cell_width(character) > width:
+            full = columns + cell_width(character) > width
+            if character == "\n" or full and character == " ":
                 lines.append([])
-                column = 0
-            if character != "\n":
-                lines[-1].append((character, mark))
-                column += cell_width(character)
+                columns = 0
+                continue
+            if full:
+                ends = [i for i, (c, mark) in enumerate(lines[-1], 1) if c == " " or mark is None]
+                end = ends[-1] if ends and mark is not None else len(lines[-1])
+                lines[-1:] = lines[-1][:end], lines[-1][end:]
+                columns = sum(cell_width(c) for c, _ in lines[-1])
+            lines[-1].append((character, mark))
+            columns += cell_width(character)
     return lines
 
 
 def styled(line: list[tuple[str, object]]) -> str:
-    """A line with the colour of each mark: a pass's number, None (grey), or REFUSED (grey, crossed out)."""
-    found = ""
-    for mark, run in itertools.groupby(line, key=lambda cell: cell[1]):
-        text = "".join(character for character, _ in run)
-        colour = GREY if mark in (None, REFUSED) else RAMP[mark % len(RAMP)]
-        styles = ["9"] * (mark == REFUSED) + [f"38;5;{colour}"] * ("NO_COLOR" not in os.environ)
-        found += f"\x1b[{';'.join(styles)}m{text}\x1b[0m" if styles else text
-    return found
+    """A line with the colour of each mark: a pass's number, or None (grey)."""
+    colour = lambda mark: GREY if mark is None else RAMP[mark % len(RAMP)]
+    if "NO_COLOR" in os.environ:
+        colour = lambda mark: None
+    runs = itertools.groupby(line, key=lambda cell: cell[1])
+    return "".join(click.style("".join(text for text, _ in run), fg=colour(mark)) for mark, run in runs)
 
 
-def key(passes: int, marks: set[int], width: int) -> list[tuple[str, object]]:
-    """The line below the answer: what a blank is, how many passes, and which have which colour, as far as
-    there is room, the last one first.
-    """
-    cells = [(f"{BLANK} a mask, {passes} passes, revealed in pass", None)]
-    return wrapped([*cells, *((f" {mark}", mark) for mark in sorted(marks, reverse=True))], width)[0]
+def key(passes: set[int], width: int) -> list[tuple[str, object]]:
+    """The line below the answer: what a mask looks like, and the colours of the last passes."""
+    cells = [(f"{BLANK} a mask; colour: pass", None)]
+    for number in sorted(passes)[-max(1, (width - 40) // 4) :]:
+        cells.append((f" {number}" if number else " 0 (the prompt)", number))
+    return wrapped(cells, width)[0]
 
 
 def watch(
-    tokenizer: Tokenizer, steps: Iterable[Step], begin: int, mask: int, show, delay: float = 0.0
+    tokenizer: Tokenizer, steps: Iterable[Step], begin: int, mask: int, show, pace: float = PACE
 ) -> Iterator[Step]:
-    """After each step draw what is known, masks as blanks; hand the step on; then wait `delay` seconds.
+    """After each step draw what is known, masks as blanks, and a key below; then hand the step on.
 
-    Drafts that a step refused stand behind the known text, crossed out, until the next one. Below is a key.
-    begin: the prompt's length. Lines that cannot change any more stay as they are, so that an answer may be
-    longer than the window is high.
+    begin: the prompt's length. pace: seconds that a pass takes at least. Lines that cannot change any more
+    stay as they are, so that an answer may be longer than the window is high.
     """
     tokens, revealed_by, passes, final, printed, height = [], {}, 0, 0, 0, 0
+    began = time.perf_counter()
     for step in steps:
         passes += step.kind != "prefill"
         if step.kind not in ("draft", "verify"):  # these leave no masks
@@ -98,22 +97,18 @@ def watch(
             tokens[kept.position - begin] = kept.token
             revealed_by[kept.position - begin] = passes
         final += len(step.final)
-        refused = [token for _, token in refused_drafts(step, mask)]
         if step.finish_reason:
-            tokens, refused = tokens[:final], []  # what was guessed behind the end goes again
-        marks = [*map(revealed_by.get, range(len(tokens))), *[REFUSED] * len(refused)]
-        ids = [None if token == mask else token for token in tokens + refused]
-        texts = token_texts(tokenizer, ids, special=False)
-        cells = [(BLANK if text is None else text, mark) for text, mark in zip(texts, marks)]
+            tokens = tokens[:final]  # what was guessed behind the end goes again
+        texts = token_texts(tokenizer, (None if token == mask else token for token in tokens), special=False)
+        marks = map(revealed_by.get, range(len(tokens)))
         width = shutil.get_terminal_size().columns - 1
-        known = wrapped(cells[: len(tokens)], width)
-        lines = wrapped(cells, width) if refused else known
-        below = key(passes, {*revealed_by.values()}, width)
+        lines = wrapped([(BLANK if text is None else text, mark) for text, mark in zip(texts, marks)], width)
+        time.sleep(max(0, began + pace - time.perf_counter()))
+        began = time.perf_counter()
         up = f"\x1b[{height}A\r\x1b[J" if height else ""
-        show(up + "\n".join(map(styled, [*lines[printed:], below])))
-        masked = (n for n, line in enumerate(known) if any(mark is None for _, mark in line))
-        printed = next(masked, len(known) - 1)  # the last line may still grow
+        show(up + "\n".join(map(styled, [*lines[printed:], key({*revealed_by.values()}, width)])))
+        masked = (n for n, line in enumerate(lines) if any(mark is None for _, mark in line))
+        # the last line may still grow, and a word that a mask has cut move to it
+        printed = max(0, next(masked, len(lines) - 1) - 1)
         height = len(lines) - printed  # and a line for the key
         yield step
-        if not step.finish_reason:
-            time.sleep(delay)

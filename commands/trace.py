@@ -1,11 +1,12 @@
 """The page of `--trace`: a replay of the passes, with AR decoding of the same prompt beside it."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 from checkpoint import Tokenizer
 from commands.prompts import options_of
-from commands.terminal import refused_drafts, token_texts
+from commands.terminal import token_texts
 from fastdllm import Decoding, Step
 
 TEMPLATE = Path(__file__).parent / "trace.html"
@@ -34,6 +35,16 @@ def trace_page(
     }
     escaped = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return TEMPLATE.read_text(encoding="utf-8").replace('"@@TRACE@@"', escaped)
+
+
+def refused_drafts(step: Step, mask: int | None) -> list[tuple[int, int]]:
+    """(position, token) of a step's drafts that AR would not choose, none of them behind the answer's end."""
+    if step.kind != "verify":
+        return []
+    drafts = takewhile(lambda token: token != mask, step.tokens[1:])
+    drafts = list(enumerate(drafts, step.start + 1))[len(step.revealed) - 1 :]  # the last one is AR's own
+    end = step.revealed[0].position + len(step.final)
+    return [(position, token) for position, token in drafts if not step.finish_reason or position < end]
 
 
 def lane(tokenizer: Tokenizer | None, steps: TimedSteps, mask: int | None) -> dict:

@@ -88,7 +88,7 @@ def test_a_finished_run_is_complete_and_no_other_one_replaces_it(tmp_path, comma
         patched.setattr(prompts, "finished", lambda *given: pytest.fail("something was decoded"))
         again = run(*command, "--output", out)
     assert again.exit_code == 0 and out.read_bytes() == first
-    assert f"{out} is complete: it holds these 9 answers." in again.stderr
+    assert f"{out} is complete: it holds 9 answers." in again.stderr
     assert "holds something else" in mistake(*command, "--threshold", 0.5, "--output", out)
     assert out.read_bytes() == first
 
@@ -132,7 +132,8 @@ def test_a_second_run_at_once_says_so(tmp_path):
 
 def test_several_processes_need_files(tmp_path, as_process):
     assert "need --output FILE" in as_process(0, "eval", "--count", 2).output
-    assert "--output FILE" in as_process(0, "generate", "--input", tmp_path / "x").output
+    source = write_lines(tmp_path / "x", [{"prompt": "hi"}])
+    assert "--output FILE" in as_process(0, "generate", "--input", source).output
     assert "need --input FILE" in as_process(0, "generate", "a prompt").output
 
 
