@@ -102,19 +102,22 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, com
         requests = {"": {"prompt": console.SAMPLE if prompt is None else prompt}}
 
     network, tokenizer, recorded = console.open_model(**given)
-    decoding = console.resolve(decoding, network)
+    asked, decoding = decoding, console.resolve(decoding, network)
     prompts = encode_prompts(requests, tokenizer, decoding, network.config, system=system, raw=raw)
     if many:
         header = header_of(given["model"], given["adapter"], network, decoding)
         requests = list(requests.values())
         if raw or system is not None:  # so that a line says all of what was asked
             requests = [request | {"prompt_ids": ids} for request, ids in zip(requests, prompts)]
+        decoding = console.choose(asked, decoding, network, min(len(prompts), decoding.batch_size), recorded)
         answer_file(network, tokenizer, requests, prompts, decoding, recorded, target, header)
         return
     ar = decoding.block_size == 1 and not isinstance(decoding, Verified)
     require(not (compare and ar), "--compare sets a decoder beside AR, but this one is AR; leave it out.")
     chance = compare and decoding.temperature and decoding.seed is None
     require(not chance, "--compare draws twice, so it needs a --seed, or temperature 0.")
+    if not compare:  # which measures what was asked for
+        decoding = console.choose(asked, decoding, network, recorded=recorded)
     if requests[""].get("prompt") is console.SAMPLE:
         click.echo(f"{console.SAMPLE}\n", err=True)
     drawn = live and tokenizer and sys.stdout and sys.stdout.isatty()
@@ -210,7 +213,8 @@ def chat(system, **given):
         "The checkpoint has no chat template; put its tokenizer and a chat_template.jinja beside it."
     )
     require(tokenizer and tokenizer.templates, no_template)
-    Chat(network, tokenizer, console.resolve(decoding, network), system).run(given["model"])
+    decoding = console.choose(decoding, console.resolve(decoding, network), network)
+    Chat(network, tokenizer, decoding, system).run(given["model"])
 
 
 # --- eval and sweep ---

@@ -79,7 +79,7 @@ class Verified(Decoding):
         Raises InputError for a model without masks, and for drafts that are too wide for one pass.
         """
         config, adapter = model.config, adapter_of(model)
-        no_mask = "The checkpoint has no mask token, so it cannot draft; load an adapter, or adapt it."
+        no_mask = "The checkpoint has no mask token, so it cannot draft; give it an adapter, or adapt it."
         require(config.mask_token_id is not None, no_mask)
         width = self.draft_width or (adapter.draft_width if adapter else None)
         if width is None:  # a pass that drafts ahead grows with the square of the width

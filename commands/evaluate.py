@@ -183,6 +183,8 @@ def evaluate(
     header = prompts.header_of(chosen["model"], chosen["adapter"], network, decoding)
     header |= {"prompts": prompts.digest([problems, encoded])}
     line_of = lambda index, result: verdict(problems[index], result, tokenizer)
+    rows = min(len(problems), decoding.batch_size)
+    decoding = console.choose(asked, decoding, network, rows, recorded)
     verdicts, seconds = prompts.answer_all(network, encoded, decoding, recorded, target, header, line_of)
     if verdicts:
         found = scores(verdicts, seconds)

@@ -1,5 +1,6 @@
 """eval, sweep, info, chat, and the views of a decoding: --watch and --trace."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,9 +12,10 @@ import torch
 from command_line import QUESTION, mistake, read_lines, run, run_json, user, write_lines
 from conftest import ROOT
 
+import verify
 from commands import chat, console, evaluate, prompts, terminal, trace
 from fastdllm import Decoding, Guess, InputError, Result, Sees, Step, decode, generate
-from verify import Verified
+from verify import Verified, adapter_of, add_adapter
 
 # --- eval ---
 
@@ -38,6 +40,30 @@ def test_eval_reports_accuracy_and_rates(tmp_path):
 
 def test_eval_takes_the_held_out_set_by_default():
     assert run_json("eval", "--count", 3, "--max-new-tokens", 9)["problems"] == 3
+
+
+# --- the choice of --verify ---
+
+
+@pytest.mark.parametrize("asked, found, words", [
+    (Verified(), (Verified(draft_width=5), 2.04, True), "takes drafts of 5 tokens; by timed passes about 2.0"),
+    (Verified(), (Verified(draft_width=3, draft_ahead=True), 2.5, True), "drafts of 3 tokens ahead;"),
+    (Verified(), (Decoding(1), 1.0, True), "drafts gain nothing here (4 rows), so --verify runs plain AR."),
+    (Verified(), (Verified(draft_width=5), 2.0, False), "an answer may part from AR's at a tie."),
+    (Verified(draft_width=3), None, None),  # what is given decides
+    (Verified(draft_ahead=True), None, None),
+    (Decoding(1), None, None),
+])  # fmt: skip
+def test_verify_says_what_it_chose_and_flags_decide(untied, monkeypatch, capsys, asked, found, words):
+    model = copy.deepcopy(untied).bfloat16()
+    add_adapter(model, 4, 8.0, 5).heldout_kept = [1, 1, 1, 1, 1, 1]
+    monkeypatch.setattr(verify, "choose_drafts", lambda *given: found)
+    resolved = asked.resolve(model)
+    chosen = console.choose(asked, resolved, model, rows=4)
+    said = capsys.readouterr().err
+    assert (chosen, words in said) == (found[0], True) if found else (chosen is resolved and not said)
+    adapter_of(model).heldout_kept = []
+    assert console.choose(asked, resolved, model) is resolved
 
 
 # --- sweep ---

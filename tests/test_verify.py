@@ -128,7 +128,7 @@ def test_options_that_contradict_verification_or_do_not_fit_a_pass_are_refused(u
 
 
 def test_a_model_without_masks_cannot_draft():
-    with pytest.raises(InputError, match="cannot draft; load an adapter"):
+    with pytest.raises(InputError, match="cannot draft; give it an adapter"):
         decode(Qwen2(Config(64, 32, 48, 1, 4, 2, 8, 128)), [[1]], Verified())
 
 
