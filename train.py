@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import DTYPES, Tokenizer, load, read_checkpoint, save
-from commands.console import HELP_OPTIONS, SHIPPED, VERSION, Commands, options, reports_mistakes, say
+from commands.console import HELP_OPTIONS, SHIPPED, VERSION, Commands, option, options, reports_mistakes, say
 from commands.terminal import token_texts
 from fastdllm import Config, Qwen2, attention_bias, grouped_attention, require, round_up
 from training import runs
@@ -485,7 +485,6 @@ def show(corpus: Corpus, tokenizer: Tokenizer, config: Config, settings: Trainin
 
 # --- Command line ---
 
-option = click.option
 packing_option = option(
     "--packing", type=click.Choice(PACKINGS), default=Training.packing,
     help="documents: padded to whole blocks, cut only if longer than a row, hidden from each other. original "

@@ -216,7 +216,7 @@ def under(heading: str) -> Callable:
 option, method, lossless, drawing = map(under, ("Options", "Method", "Lossless", "Drawing tokens"))
 answers, view, machine = map(under, ("Input and output", "View", "Model and machine"))
 
-threads_option = machine(
+threads = lambda option: option(
     "--threads", type=click.IntRange(1, 1024), show_default="torch's choice",
     help="CPU threads; beside other programs fewer are often faster.",
 )  # fmt: skip
@@ -233,7 +233,7 @@ model_options = options(  # which model a command opens, and where: what `open_m
             help="auto: as in the files."),
     machine("--prepack/--no-prepack", "packed", default=True,
             help="CPU: keep the weights as its matrix products read them, faster."),
-    threads_option,
+    threads(machine),
 )  # fmt: skip
 decoding_options = options(  # how an answer is decoded: what `take_decoding` takes
     method("--block-size", type=COUNT, show_default="the checkpoint's",
@@ -246,12 +246,12 @@ decoding_options = options(  # how an answer is decoded: what `take_decoding` ta
            help="Keep all guesses above the threshold, or only those before the first one below."),
     method("--cache", type=click.Choice(["none", "block", "dual"]), show_default="block",
            help="Compute all again, or keep finished blocks, or (DualCache) also most of a block."),
-    lossless("--verify", is_flag=True, help="Keep only guesses that AR would choose too."),
+    lossless("--verify", is_flag=True, help="Keep only guesses that AR would choose too. With an --adapter a "
+             "few timed passes decide between drafts, drafts ahead and AR."),
     lossless("--draft-width", type=COUNT, help="Tokens that a pass of --verify drafts.",
              show_default="the adapter's, else half a block, or with --draft-ahead an eighth"),
     lossless("--draft-ahead", is_flag=True, default=None,
-             help="Draft in verifying passes too: wider passes, not always fewer (the demo model takes 11 "
-             "instead of 6)."),
+             help="Draft in verifying passes too: wider passes, often fewer."),
     drawing("--temperature", type=click.FloatRange(0, 1e4), default=0.0,
             help="0 takes the most probable token; above, tokens are drawn, the higher the wilder."),
     drawing("--top-p", type=click.FloatRange(0, 1), show_default="1",

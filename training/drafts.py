@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import load
-from commands.console import reports_mistakes
+from commands.console import option, reports_mistakes
 from fast import avoid_cudnn_attention
 from fastdllm import PIECE, Qwen2, require, round_up
 from training import runs
@@ -313,14 +313,14 @@ class Drafts:
 
 @click.command(short_help="Teach a model to draft for --verify.")
 @run_options(Drafting)
-@click.option("--anchors", default=Drafting.anchors, help="Groups of masks in a row.")
-@click.option("--width", default=Drafting.width, help="Masks of a group: the longest draft.")
-@click.option("--rank", type=int, show_default=f"{Drafting.rank}, or the --adapter's",
+@option("--anchors", default=Drafting.anchors, help="Groups of masks in a row.")
+@option("--width", default=Drafting.width, help="Masks of a group: the longest draft.")
+@option("--rank", type=int, show_default=f"{Drafting.rank}, or the --adapter's",
               help="Rank of the adapter's products: its size, and how much it can learn.")  # fmt: skip
-@click.option("--cache-gb", default=Drafting.cache_gb,
+@option("--cache-gb", default=Drafting.cache_gb,
               help="GB of known tokens' keys and values to keep; the rest is computed again.")  # fmt: skip
-@click.option("--adapter", help="Go on from this adapter: a folder or Hub id.", show_default="a new one")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.",
+@option("--adapter", help="Go on from this adapter: a folder or Hub id.", show_default="a new one")
+@option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.",
               show_default="float32 on CPUs, else as in the files")  # fmt: skip
 @reports_mistakes
 def draft(folder, data, heldout, out, broken, adapter, dtype, device, threads, **given):

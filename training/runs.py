@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import Tokenizer, brief, read_json, replace_file
-from commands.console import flag_of, options, own_device, say, threads_option
+from commands.console import flag_of, option, options, own_device, say, threads
 from commands.prompts import lock_run
 from fastdllm import InputError, Qwen2, require
 from training.data import Corpus, file_hash
@@ -77,7 +77,6 @@ FOLDER, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=Fals
 
 def run_options(settings: type[RunSettings]) -> Callable:
     """The options of every run as a decorator; `settings` has the values of those that are not given."""
-    option = click.option
     return options(
         option("--model", "folder", required=True, help="Checkpoint to start from: a folder or Hub id."),
         option("--data", required=True, type=FILE, help="JSONL; `train.py show` shows what trains of it."),
@@ -86,7 +85,7 @@ def run_options(settings: type[RunSettings]) -> Callable:
         option("--broken", type=click.Choice(["refuse", "skip"]), default="refuse",
                help="What a broken line of the data does: end the run, or be left out."),
         option("--device", default="auto", help="auto, cpu, cuda or mps."),
-        threads_option,
+        threads(option),
         option("--steps", default=settings.steps, help="Steps of the optimiser."),
         option("--batch-size", default=settings.batch_size, help="Rows per step, of all devices together."),
         option("--lr", default=settings.lr, help="Peak learning rate of AdamW."),
