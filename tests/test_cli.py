@@ -274,7 +274,7 @@ def test_verify_on_a_plain_base_asks_for_an_adapter(folders, tmp_path):
     base = shutil.copytree(folders["untied"], tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"mask_token_id": None, "bd_size": 1}
     (base / "config.json").write_text(json.dumps(config))
-    assert "load an adapter" in mistake("generate", "--prompt-ids", "1,2", "--verify", "--model", base)
+    assert "give it an adapter" in mistake("generate", "--prompt-ids", "1,2", "--verify", "--model", base)
 
 
 @pytest.mark.parametrize("flags, note", [
