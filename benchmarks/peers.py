@@ -115,6 +115,7 @@ def llama_cpp(file: Path, tokenizer, stop_token_ids: tuple[int, ...]) -> Callabl
     params = CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(file), 4096, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.verbosity = -1  # only the table is printed
     server = Server(params)
 
     def write(prompts: list[list[int]], count: int) -> tuple[list[list[int]], int]:
