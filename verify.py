@@ -475,7 +475,7 @@ def load_adapter(model: Qwen2, path: str | Path) -> Qwen2:
         full = f"{folder}: a mask needs an id that no token has, and all {c.vocab_size} are taken"
         require(mask is not None and mask < c.vocab_size, f"{full}; add a row to the embedding.")
     digest = base_digest(model)
-    add_adapter(model, r, alpha, width).heldout_kept = kept
+    add_adapter(model, r, alpha, width).heldout_kept = kept if any(kept) else []
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
         for name, tensor in adapter_tensors(model).items():
             tensor.copy_(weights.get_tensor(name))

@@ -119,6 +119,7 @@ def test_an_adapter_gives_a_plain_base_its_mask_or_the_first_free_id(saved, fold
     ({"trainable_token_indices": None}, "one id"),
     ({"draft_width": 0}, "draft_width is 0"),
     ({"draft_width": "8"}, "draft_width is 8"),
+    ({"heldout_kept": [3, -1]}, "heldout_kept must be a list of counts"),
 ])  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_one_sentence_and_changes_nothing(saved, folders, change, sentence):
     file = saved / "adapter_config.json"
@@ -362,6 +363,8 @@ def test_a_killed_run_goes_on_to_the_same_adapter_and_two_processes_train_like_o
         assert shared.get("heldout_kept") == alone.get("heldout_kept")
     kept = json.loads((whole / "adapter_config.json").read_text())["heldout_kept"]
     assert kept == one[-1]["heldout_kept"] and len(kept) == 4
+    base = load(ROOT / "tiny" / "checkpoint", "cpu")[0]
+    assert adapter_of(load_adapter(base, whole)).heldout_kept == (kept if any(kept) else [])
 
 
 def test_an_adapter_goes_on_from_where_it_was(tmp_path):
