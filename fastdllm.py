@@ -124,8 +124,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 
 # --- Cache ---
 
-# Slots are read in multiples of this. Those that attention hides add exact zeros, and the order of the sums
-# then does not depend on how many slots are known: so a token gets the same bits in wide and narrow windows.
+# Passes read the cache in multiples of so many slots. Hidden slots add exact zeros, so a token's sums run in
+# the same order however many slots are read: it gets the same bits in wide and narrow windows.
 KEY_STEP = 64
 
 
@@ -329,7 +329,7 @@ def nucleus(
 ) -> tuple[Tensor, Tensor]:
     """Probabilities after temperature, top-k and top-p, and their ids, both (N, V or top_k), largest first.
 
-    A token is dropped where the probability before it already exceeds top_p; the rest is renormalised. At
+    A token is dropped if those before it already sum to more than top_p; the rest is renormalised. At
     temperature 0 the probabilities stay as they are, and top-k and top-p count for nothing.
     """
     if temperature == 0:
@@ -384,14 +384,14 @@ class Decoding:
     """
 
     block_size: int | None = None  # tokens denoised together, 1 is AR; None: the checkpoint's
-    sub_block_size: int | None = None  # tokens revealed before the next ones; None: 8, or what divides
+    sub_block_size: int | None = None  # tokens revealed before the next ones; None: gcd(8, block_size)
     threshold: float | None = None  # guesses of more confidence are kept, 1 keeps one per pass; None: 0.9
     cache: str = "block"  # reuse: "none", "block" of finished blocks, "dual" also of the unfinished block
     max_new_tokens: int = 256  # the longest answer
     temperature: float = 0.0  # 0: the most probable token, else sample
     top_p: float = 1.0  # nucleus of the sampling
     stop_token_ids: Sequence[int] | None = None  # None: the checkpoint's; (): none
-    seed: int | None = None  # makes sampling repeatable
+    seed: int | None = None  # makes sampling repeatable; all prompts draw by the same numbers
     accept: str = "threshold"  # keep all guesses above the threshold, or only a "prefix" of them
     batch_size: int = 16  # prompts decoded at the same time
     top_k: int | None = None  # sample from so many tokens only; None: from all
@@ -437,7 +437,7 @@ class Decoding:
     def stops(self, config: Config) -> tuple[int, ...]:
         return config.stop_token_ids if self.stop_token_ids is None else tuple(self.stop_token_ids)
 
-    # What `decode` asks of resolved options; `verify.Verified` answers otherwise.
+    # `decode` calls these on resolved options; `verify.Verified` overrides them.
 
     def row(self, prompt: Sequence[int], mask: int | None, cached: int = 0, index: int = 0) -> "Row":
         """A prompt that is decoded this way; the arguments are those of `Row`."""
@@ -514,8 +514,8 @@ class Row:
 
     tokens: the prompt, guesses that were kept, and masks up to the end of the block in work.
     settled: every token before this position is final.
-    committed: keys and values before this position are final and in the cache; with cache none nothing is
-    there, and it only says which blocks are finished.
+    committed: keys and values before this position are final and in the cache; with cache none they are
+    never reused, and it only says which blocks are finished.
     block_filled: DualCache only; every slot of the block in work was written.
     """
 
@@ -545,7 +545,8 @@ class Row:
         # 1. Commit finished blocks: they run once more without masks, and the cache keeps what that pass
         # wrote. For the prompt's blocks this pass is the prefill, and a long one runs in pieces. Where the
         # block in work has no token yet, the last output predicts its first one. So where a prompt ends on a
-        # block boundary, the prefill's last output guesses the next block's first token.
+        # block boundary, the prefill's last output guesses the next block's first token. With block size 1
+        # each token is a finished block, so after the prefill all passes are commits: that is AR.
         if self.committed < block:
             stop = block if cache == "none" else min(block, self.committed + round_up(PIECE, size))
             kind = "prefill" if stop <= self.prompt_length else "commit"
@@ -557,8 +558,8 @@ class Row:
 
         # 3. DualCache runs the sub-block alone; the rest of its block is read from the cache, as the last
         # refresh wrote it. Position low is guessed from the output at low - 1, outside of that window. So low
-        # must be known already, and all of the block's slots written; else the whole block runs. The other
-        # caches run the whole block in every pass.
+        # must be known already, and all of the block's slots written; else the whole block runs. Cache
+        # block runs the whole block in every pass, and cache none all from position 0.
         if self.block_filled and self.tokens[low] != self.mask:
             return self.plan("sub", low, low + sub, masked, self.committed)
         kind = "refresh" if cache == "dual" else "full"
@@ -584,7 +585,7 @@ class Row:
         self.advance(step)
 
     def plan(self, kind: str, start: int, stop: int, positions: list[int], committed: int) -> Step:
-        """A step over the positions [start, stop), whose slots they are, that guesses some positions."""
+        """A step whose window is the positions [start, stop), in slots of the same numbers."""
         outputs = [i - 1 - start for i in positions]  # token shift (section 3): output i - 1 predicts i
         sees = [block_causal(i, self.decoding.block_size) for i in range(start, stop)]
         draws, tokens = self.draw(positions), self.tokens[start:stop]
@@ -729,7 +730,7 @@ def decode_rows(
 
 
 def shared_shape(step: Step) -> tuple[bool, int, int]:
-    """Steps of equal shape can run as one pass. Prefills need one start, and nearly one width."""
+    """Steps of equal shape can run as one pass: of prefills those that start together and nearly end so."""
     if step.kind == "prefill":
         return True, step.start, round_up(step.width, 64)
     return False, 0, step.width
@@ -741,7 +742,7 @@ def run_steps(
     """Run steps of one `shared_shape` as one forward pass; step i belongs to row `places[i]` of the cache.
 
     Returns the guesses (token, confidence) of each step. Only prefills and verifications are padded, on the
-    right: in their windows no token sees a slot behind the window's end.
+    right: in their windows no token sees a slot behind the window's end, so none sees the padding.
     """
     width = max(len(step.tokens) for step in steps)
     pad = lambda values, value: [*values, *[value] * (width - len(values))]

@@ -54,12 +54,11 @@ SAME_BITS = 32  # tokens that may share a product on a CPU in bfloat16 without c
 class Verified(Decoding):
     """A `Decoding` that keeps AR's text: the drafts that AR would not choose are dropped.
 
-    Raises InputError for options of block diffusion, which would change nothing.
+    Raises InputError for options of block diffusion, which have no meaning here.
     """
 
-    draft_width: int | None = (
-        None  # masks of a draft; None: the adapter's, else half a block, ahead an eighth
-    )
+    # masks of a draft; None: the adapter's, else half a block, ahead an eighth
+    draft_width: int | None = None
     draft_ahead: bool = False  # draft in verify passes too: fewer passes, but wider ones
 
     def __post_init__(self):
@@ -118,7 +117,7 @@ class Verified(Decoding):
         return width
 
     def most_rows(self, model: Qwen2, step: Step) -> int | None:
-        """So many that a token's bits are those of a pass of its own, as far as the processor allows it."""
+        """As many as leave a token's bits as if it ran alone: in bfloat16 on a CPU 32 tokens, or one row."""
         if step.kind != "prefill" and rounds_by_width(model):
             return max(1, SAME_BITS // step.width)
         return super().most_rows(model, step)
@@ -149,8 +148,8 @@ class VerifiedRow(Row):
         # drafts the position after it (token shift).
         # 2. Verify: the last known token, then the drafts, all causal: the outputs are AR's predictions.
         # 3. Draft ahead: after the drafts, a group of masks for each token that may be the last one kept.
-        # Of the `room` tokens that are left, the pass that verifies gives the last one itself, and so does a
-        # draft pass before it. More drafts could not be kept.
+        # `room` tokens are left. Every pass adds a token of AR's own, so a verify pass can keep room - 1
+        # drafts, and a draft pass needs only room - 2.
         self.drafts = self.drafts[: room - 1]
         if self.drafts:
             kind, masks = "verify", width if self.decoding.draft_ahead else 0
@@ -161,7 +160,8 @@ class VerifiedRow(Row):
         sees = draft_window(start, len(causal), masks)
         positions = [token.position + 1 for token in sees]  # token shift
         draws, outputs = self.draw(positions), list(range(len(tokens)))
-        shared = self.decoding.widest() if kind == "verify" else len(tokens)
+        # all count as equally wide, or rows with little room left would wait for each other
+        shared = self.decoding.widest()
         return Step(
             kind, start, tokens, sees, positions, outputs, draws, self.settled, self.index, width=shared
         )
@@ -175,7 +175,7 @@ class VerifiedRow(Row):
         # the window's first token and the kept drafts have final keys now; the newest token has not run yet
         step.committed += kept
         self.committed = step.committed
-        # an output for each causal token comes first, then a group of masks' outputs for each of them; group
+        # `found` has an output for each causal token, then those of a group of masks for each of them; group
         # `kept` drafts what follows if so many drafts are kept
         causal = len(agree) + 1
         masks = step.tokens.count(self.mask) // causal
@@ -214,39 +214,40 @@ def draft_window(start: int, causal: int, masks: int) -> list[Sees]:
 # Whether drafts pay depends on the device: on what a wide pass costs beside a pass over one token.
 
 AHEAD_WIDTH = 3  # of drafts ahead: 16 tokens a pass
-TRIAL_ROWS, TRIAL_START, TRIAL_SECONDS = 8, 192, 0.5  # most rows, positions before, for all but two tries
+TRIAL_ROWS = 8  # more change the choice no more
+TRIAL_START = 192  # positions before a timed pass
+TRIAL_SECONDS = 0.5  # after these no more tries, but each pass has two
 
 
 @torch.inference_mode()
 def time_passes(
-    model: Qwen2, decoding: Verified, windows: Iterable[tuple[int, int]], rows: int, recorded=None
+    model: Qwen2, decoding: Verified, shapes: Iterable[tuple[int, int]], rows: int, recorded=None
 ) -> tuple[dict[tuple[int, int], float], bool]:
-    """Seconds of each pass, the fastest of some tries; and whether a token's bits were the same in all.
+    """Seconds of each pass, the fastest of some tries; and whether the first token's bits were equal in all.
 
-    windows: of each pass, the number of known tokens, and of masks behind each of them.
+    shapes: of each pass, the number of known tokens, and of masks behind each of them.
     """
-    decoding, mask = replace(decoding, temperature=0.0), model.config.mask_token_id
-    layout = {window: draft_window(TRIAL_START, *window) for window in windows}
-    length = TRIAL_START + max(map(len, layout.values()))
+    decoding, mask, steps = replace(decoding, temperature=0.0), model.config.mask_token_id, {}
+    for known, masks in shapes:
+        sees = draft_window(TRIAL_START, known, masks)
+        tokens, outputs = [0] * known + [mask] * known * masks, [*range(len(sees))]
+        positions, none, width = [token.position + 1 for token in sees], torch.empty(0), len(sees)
+        step = Step("verify", TRIAL_START, tokens, sees, positions, outputs, none, 0, width=width)
+        steps[known, masks] = step
+    length = TRIAL_START + max(step.width for step in steps.values())
     made = recorded.claim(model, rows, length) if recorded else None
     cache = made or KVCache(model.config, rows, length, model.weight)
-    seconds, first_guesses, began = dict.fromkeys(layout, math.inf), set(), time.perf_counter()
+    seconds, first_guesses, began = dict.fromkeys(steps, math.inf), set(), time.perf_counter()
     try:
         for tries in count():
             if tries >= 2 and time.perf_counter() - began > TRIAL_SECONDS:
                 break
-            for window in layout:
-                sees, known = layout[window], window[0]
-                tokens, outputs = [0] * known + [mask] * (len(sees) - known), [*range(len(sees))]
-                positions, draws = [token.position + 1 for token in sees], torch.empty(0)
-                step = Step(
-                    "verify", TRIAL_START, tokens, sees, positions, outputs, draws, 0, width=len(sees)
-                )
+            for shape, step in steps.items():
                 share = min(rows, decoding.most_rows(model, step) or rows)
                 start = time.perf_counter()
                 guesses = run_steps(model, cache, [*range(share)], [step] * share, decoding, recorded)
                 taken = (time.perf_counter() - start) * math.ceil(rows / share)
-                seconds[window] = min(taken, seconds[window])
+                seconds[shape] = min(taken, seconds[shape])
                 first_guesses.add(guesses[0][0])
     finally:
         if recorded:
@@ -261,11 +262,11 @@ def choose_drafts(
 
     It follows from about a second of timed passes over so many rows, and from the adapter's counts of
     held-out drafts. Returns resolved options; their expected speed in times AR's; and whether a token's bits
-    were the same in passes of all widths. Raises InputError for a model whose adapter has no counts.
+    were the same in passes of all widths. Raises InputError for a model without an adapter that has counts.
     """
     adapter, decoding = adapter_of(model), decoding.resolve(model)
     counts = adapter and adapter.heldout_kept
-    require(counts, "The adapter has no heldout_kept in its adapter_config.json, so nothing can be chosen.")
+    require(counts, "A choice needs an adapter with heldout_kept in its adapter_config.json.")
     kept = lambda width: sum(min(n, width) * drafts for n, drafts in enumerate(counts)) / sum(counts)
     width, ahead = decoding.draft_width, min(AHEAD_WIDTH, decoding.draft_width)
     names = {field.name: getattr(decoding, field.name) for field in fields(Decoding)}
@@ -275,10 +276,11 @@ def choose_drafts(
         (decoding, [(1, width), (width + 1, 0)], 2 + kept(width)),
         (replace(decoding, draft_width=ahead, draft_ahead=True), [(ahead + 1, ahead)], 1 + kept(ahead)),
     ]
-    windows = [window for _, passes, _ in ways for window in passes]
-    seconds, same_bits = time_passes(model, decoding, windows, min(rows, TRIAL_ROWS), recorded)
-    speeds = [tokens / sum(seconds[window] for window in passes) for _, passes, tokens in ways]
-    best = next(i for i, speed in enumerate(speeds) if 1.04 * speed >= max(speeds))  # less is noise
+    shapes = [shape for _, passes, _ in ways for shape in passes]
+    seconds, same_bits = time_passes(model, decoding, shapes, min(rows, TRIAL_ROWS), recorded)
+    speeds = [tokens / sum(seconds[shape] for shape in passes) for _, passes, tokens in ways]
+    # the first that is within 4% of the fastest; smaller differences are noise
+    best = next(i for i, speed in enumerate(speeds) if 1.04 * speed >= max(speeds))
     return ways[best][0], speeds[best] / speeds[0], same_bits
 
 
@@ -292,7 +294,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Adapter:
-    """What the adapted layers of a model share: where the adapter is on. The weights are in the layers."""
+    """What the adapted layers of a model share: where the adapter is on. The weights are in the layers.
+
+    So threads that decode at the same time need a model each.
+    """
 
     def __init__(self, r: int, alpha: float, draft_width: int | None):
         self.r, self.alpha, self.draft_width = r, alpha, draft_width
@@ -361,9 +366,9 @@ def target_layers(model: Qwen2) -> dict[str, nn.Linear]:
 
 
 def add_adapter(model: Qwen2, r: int, alpha: float, draft_width: int | None = None) -> Adapter:
-    """Wrap every linear layer but the head, and the embedding, with an adapter of zeros, in place.
+    """Wrap every linear layer but the head, and the embedding, in an adapter that starts as zeros, in place.
 
-    `load_adapter` fills it, or a training.
+    `load_adapter` or training fills it.
 
     Raises InputError for a model that is prepacked or has an adapter, and for an r that its layers do not
     allow.
@@ -377,7 +382,10 @@ def add_adapter(model: Qwen2, r: int, alpha: float, draft_width: int | None = No
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         out_size, in_size = layer.weight.shape
-        A, B = zeros((r, in_size)), zeros((r, out_size)).t()  # the order that few rows multiply fastest
+        A, B = (
+            zeros((r, in_size)),
+            zeros((r, out_size)).t(),
+        )  # stored transposed, which is fastest for few rows
         setattr(model.get_submodule(parent), own, AdaptedLinear(layer, adapter, A, B))
     row = model.weight.new_zeros(model.config.hidden_size)
     model.model["embed_tokens"] = AdaptedEmbedding(model.model.embed_tokens, adapter, row)

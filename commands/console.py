@@ -285,8 +285,8 @@ def take_decoding(given: dict) -> Decoding:
 
 def resolve(asked: Decoding, model: Qwen2) -> Decoding:
     """What was asked for, with the model's values; says what a user should know of it."""
-    from fastdllm import Decoding
-    from verify import Verified, adapter_of
+    from fastdllm import Decoding, rounds_by_width
+    from verify import SAME_BITS, Verified, adapter_of
 
     decoding, trained, verify = asked.resolve(model), model.config.block_size, isinstance(asked, Verified)
     size, sub = decoding.block_size, decoding.sub_block_size
@@ -299,6 +299,9 @@ def resolve(asked: Decoding, model: Qwen2) -> Decoding:
     if sub < min(8, size) and asked.sub_block_size is None:
         odd = f"block size {size} is no multiple of 8, so its sub-blocks have {counted(sub, 'token')}"
         say(f"{odd}, which is slow; --sub-block-size {size} takes the whole block.")
+    if verify and decoding.widest() > SAME_BITS and rounds_by_width(model):
+        wide = f"passes of {decoding.widest()} tokens round otherwise than AR's in bfloat16"
+        say(f"{wide}, so an answer may part from AR's at a tie; up to {SAME_BITS} do not.")
     for name in ("top_p", "top_k", "seed"):
         if getattr(asked, name) != getattr(Decoding, name) and not asked.temperature:
             say(f"{flag_of(name)} changes nothing at temperature 0.")
