@@ -455,7 +455,7 @@ def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path
     """
     folder = locate(path)
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; merge it into its base first.")
+    require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; give its base, and it as --adapter.")
     raw = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         more = read_json(folder / "generation_config.json").get("eos_token_id")

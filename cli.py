@@ -113,11 +113,17 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, com
         answer_file(network, tokenizer, requests, prompts, decoding, recorded, target, header)
         return
     ar = decoding.block_size == 1 and not isinstance(decoding, Verified)
-    require(not (compare and ar), "--compare sets a decoder beside AR, but this one is AR; leave it out.")
+    require(
+        not (compare and ar),
+        "--compare sets a decoder beside AR, but this is AR; add --verify.",
+    )
     chance = compare and decoding.temperature and decoding.seed is None
     require(not chance, "--compare draws twice, so it needs a --seed, or temperature 0.")
-    if not compare:  # which measures what was asked for
-        decoding = console.choose(asked, decoding, network, recorded=recorded)
+    chosen = console.choose(asked, decoding, network, recorded=recorded)
+    if isinstance(chosen, Verified) or not compare:
+        decoding = chosen
+    elif chosen is not decoding:
+        console.say("--compare runs the drafts all the same.")
     if requests[""].get("prompt") is console.SAMPLE:
         click.echo(f"{console.SAMPLE}\n", err=True)
     drawn = live and tokenizer and sys.stdout and sys.stdout.isatty()

@@ -255,14 +255,12 @@ def time_passes(
     return seconds, len(first_guesses) == 1
 
 
-def choose_drafts(
-    model: Qwen2, decoding: Verified, rows: int = 1, recorded=None
-) -> tuple[Decoding, float, bool]:
+def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None) -> tuple[Decoding, bool]:
     """The fastest way on this device to write AR's text: drafts, drafts ahead, or AR itself.
 
     It follows from about a second of timed passes over so many rows, and from the adapter's counts of
-    held-out drafts. Returns resolved options; their expected speed in times AR's; and whether a token's bits
-    were the same in passes of all widths. Raises InputError for a model without an adapter that has counts.
+    held-out drafts. Returns resolved options, and whether a token's bits were the same in passes of all
+    widths. Raises InputError for a model without an adapter that has counts.
     """
     adapter, decoding = adapter_of(model), decoding.resolve(model)
     counts = adapter and adapter.heldout_kept
@@ -281,7 +279,7 @@ def choose_drafts(
     speeds = [tokens / sum(seconds[shape] for shape in passes) for _, passes, tokens in ways]
     # the first that is within 4% of the fastest; smaller differences are noise
     best = next(i for i, speed in enumerate(speeds) if 1.04 * speed >= max(speeds))
-    return ways[best][0], speeds[best] / speeds[0], same_bits
+    return ways[best][0], same_bits
 
 
 # --- Adapter ---

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from checkpoint import Tokenizer
-from commands.console import SAMPLE, SHIPPED, sentence_of
+from commands.console import SHIPPED, sentence_of
 from commands.prompts import stream_answer
 from fastdllm import Decoding, InputError, KVCache, Qwen2, Step, decode, require
 
@@ -20,7 +20,11 @@ with suppress(ImportError):  # a history and editing keys for `input`, where the
     import readline  # noqa: F401
 
 HELP = "Commands: /clear, /help, /quit. Ctrl-C stops an answer."
-DEMO = "The demo model solves one word problem, and a further question about it; /clear before another one."
+DEMO = (
+    "The demo model solves one word problem, and a further question about it; /clear before another one. "
+    "Try: Maya has 6 jars with 8 cards in each. She finds 2 more. How many cards does Maya have now? "
+    "Then: She loses 5 of them. How many cards does Maya have now?"
+)
 
 
 class ChatCache:
@@ -58,7 +62,7 @@ class Chat:
         name: the model's, as it was given.
         """
         demo = Path(name).resolve() == SHIPPED.resolve()
-        click.echo(f"{name}: {HELP}" + f"\n{DEMO} Try: {SAMPLE}" * demo, err=True)
+        click.echo(f"{name}: {HELP}" + f"\n{DEMO}" * demo, err=True)
         sys.stdin.reconfigure(errors="surrogateescape")  # an invalid byte spoils its own line only
         while True:
             try:

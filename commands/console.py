@@ -311,20 +311,23 @@ def resolve(asked: Decoding, model: Qwen2) -> Decoding:
 def choose(asked: Decoding, decoding: Decoding, model: Qwen2, rows: int = 1, recorded=None) -> Decoding:
     """The fastest way of `--verify` for so many rows, where its options leave it open; says which one it is.
 
-    Without an adapter's counts of kept drafts it is `decoding`, which is what was asked for, resolved.
+    Without an adapter's counts of held-out drafts it is `decoding`: what was asked for, resolved.
     """
     from verify import Verified, adapter_of, choose_drafts
 
-    of_verify = isinstance(asked, Verified) and not (asked.draft_width or asked.draft_ahead)
-    if not (of_verify and getattr(adapter_of(model), "heldout_kept", None)):
+    adapter = adapter_of(model)
+    if not adapter or not isinstance(asked, Verified) or asked.draft_width or asked.draft_ahead:
         return decoding
-    chosen, gain, same_bits = choose_drafts(model, asked, rows, recorded)
+    if not adapter.heldout_kept:
+        say("the adapter has no held-out counts (train.py draft --heldout), so drafts may be slower than AR.")
+        return decoding
+    chosen, same_bits = choose_drafts(model, asked, rows, recorded)
     if not isinstance(chosen, Verified):
         say(f"by timed passes drafts gain nothing here ({counted(rows, 'row')}), so --verify runs plain AR.")
         return chosen
-    ahead = " ahead" if chosen.draft_ahead else ""
+    ahead = " in every pass (--draft-ahead)" if chosen.draft_ahead else ""
     way = f"drafts of {counted(chosen.draft_width, 'token')}{ahead}"
-    say(f"--verify takes {way}; by timed passes about {gain:.1f} times AR.")
+    say(f"--verify takes {way}, by timed passes the fastest way here.")
     if not same_bits and model.weight.element_size() < 4:
         half = str(model.weight.dtype).removeprefix("torch.")
         say(f"in {half} rounding depends on a pass's width here; an answer may part from AR's at a tie.")

@@ -270,5 +270,5 @@ def recommended(rows: list[dict], max_drop: float) -> tuple[dict, str]:
     if best is rows[0]:
         said = f"Choose AR, {AR}: nothing faster is with 95% confidence {within}."
     if any(row["speed_up"] > best["speed_up"] and row["drop"] < max_drop / 100 for row in rows):
-        said += " A higher --count may show it of a faster one."
+        said += " With a higher --count a faster one may qualify."
     return best, said

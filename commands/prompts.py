@@ -281,7 +281,7 @@ def answer_share(
             write_line(part, {"index": left[index]} | asdict(result))
             there[left[index]] = result
     if not there.keys() >= {*left}:
-        click.echo(f"Interrupted: {go_on}", err=True)
+        click.echo(f"Interrupted: {len(there)} of {len(prompts)} answers are there; {go_on}", err=True)
         sys.exit(console.INTERRUPTED)
     return went_on
 
@@ -302,6 +302,8 @@ def read_parts(target: Path, header: dict) -> dict[int, Result]:
         for name in header if lines else ():
             there = lines[0].get(name)
             differs = f"{path}: holds answers with {name} {there}, not {header[name]}"
+            if name == "prompts":  # a digest
+                differs = f"{path}: holds answers to other prompts"
             require(there == header[name], f"{differs}; remove it, or name another --output.")
         results |= {line.pop("index"): Result(**line) for line in lines[1:]}
     return results

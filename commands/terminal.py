@@ -70,9 +70,9 @@ def styled(line: list[tuple[str, object]]) -> str:
     return "".join(click.style("".join(text for text, _ in run), fg=colour(mark)) for mark, run in runs)
 
 
-def key(passes: set[int], width: int) -> list[tuple[str, object]]:
+def key(passes: set[int], masks: bool, width: int) -> list[tuple[str, object]]:
     """The line below the answer: what a mask looks like, and the colours of the last passes."""
-    cells = [(f"{BLANK} a mask; colour: pass", None)]
+    cells = [(f"{BLANK} a mask; colour: pass" if masks else "colour: pass", None)]
     for number in sorted(passes)[-max(1, (width - 40) // 4) :]:
         cells.append((f" {number}" if number else " 0 (the prompt)", number))
     return wrapped(cells, width)[0]
@@ -90,7 +90,8 @@ def watch(
     began = time.perf_counter()
     for step in steps:
         passes += step.kind != "prefill"
-        if step.kind not in ("draft", "verify"):  # these leave no masks
+        blocks = step.kind not in ("draft", "verify")  # these leave no masks
+        if blocks:
             tokens += [mask] * (step.stop - begin - len(tokens))
         for kept in step.revealed:
             tokens += [mask] * (kept.position + 1 - begin - len(tokens))
@@ -106,7 +107,7 @@ def watch(
         time.sleep(max(0, began + pace - time.perf_counter()))
         began = time.perf_counter()
         up = f"\x1b[{height}A\r\x1b[J" if height else ""
-        show(up + "\n".join(map(styled, [*lines[printed:], key({*revealed_by.values()}, width)])))
+        show(up + "\n".join(map(styled, [*lines[printed:], key({*revealed_by.values()}, blocks, width)])))
         masked = (n for n, line in enumerate(lines) if any(mark is None for _, mark in line))
         # the last line may still grow, and a word that a mask has cut move to it
         printed = max(0, next(masked, len(lines) - 1) - 1)

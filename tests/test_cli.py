@@ -242,7 +242,7 @@ def test_only_a_file_of_its_own_is_replaced_and_that_is_said(tmp_path, command):
     ("hi --draft-width 16", "--draft-width is for --verify; add it"), ("hi --draft-ahead", "--draft-ahead is for --verify; add it"),
     ("hi --verify --threshold 0.9", "leave --threshold out"), ("hi --verify --accept threshold", "leave --accept out"),
     ("hi --verify --block-size 1", "leave --block-size out"), ("hi --verify --cache block", "leave --cache out"),
-    ("hi --compare --block-size 1", "this one is AR"), ("hi --compare --temperature 1", "needs a --seed"),
+    ("hi --compare --block-size 1", "this is AR; add --verify"), ("hi --compare --temperature 1", "needs a --seed"),
     ("--treshold 0.9", "No such option '--treshold'."),
 ])  # fmt: skip
 def test_a_mistake_gets_one_sentence(monkeypatch, given, message):

@@ -46,10 +46,10 @@ def test_eval_takes_the_held_out_set_by_default():
 
 
 @pytest.mark.parametrize("asked, found, words", [
-    (Verified(), (Verified(draft_width=5), 2.04, True), "takes drafts of 5 tokens; by timed passes about 2.0"),
-    (Verified(), (Verified(draft_width=3, draft_ahead=True), 2.5, True), "drafts of 3 tokens ahead;"),
-    (Verified(), (Decoding(1), 1.0, True), "drafts gain nothing here (4 rows), so --verify runs plain AR."),
-    (Verified(), (Verified(draft_width=5), 2.0, False), "an answer may part from AR's at a tie."),
+    (Verified(), (Verified(draft_width=5), True), "takes drafts of 5 tokens, by timed passes"),
+    (Verified(), (Verified(draft_width=3, draft_ahead=True), True), "3 tokens in every pass (--draft-ahead),"),
+    (Verified(), (Decoding(1), True), "drafts gain nothing here (4 rows), so --verify runs plain AR."),
+    (Verified(), (Verified(draft_width=5), False), "an answer may part from AR's at a tie."),
     (Verified(draft_width=3), None, None),  # what is given decides
     (Verified(draft_ahead=True), None, None),
     (Decoding(1), None, None),
@@ -64,6 +64,7 @@ def test_verify_says_what_it_chose_and_flags_decide(untied, monkeypatch, capsys,
     assert (chosen, words in said) == (found[0], True) if found else (chosen is resolved and not said)
     adapter_of(model).heldout_kept = []
     assert console.choose(asked, resolved, model) is resolved
+    assert ("no held-out counts" in capsys.readouterr().err) == bool(words)
 
 
 # --- sweep ---
@@ -94,8 +95,8 @@ def test_sweep_prints_a_line_for_each_row_and_one_conclusion():
 
 @pytest.mark.parametrize("speeds, drops, identical, choice", [
     ((1, 3, 4), (0, 0, 0.004), True, "Choose --block: 4.00 times AR's speed, with 95% confidence within 1 points of AR's accuracy."),
-    ((1, 3, 4), (0.05, 0.05, 0.05), True, "Choose --verify: 3.00 times AR's speed, with AR's answers. A higher --count may show it of a faster one."),
-    ((1, 3, 0.5), (0.05, 0.05, 0), False, "Choose AR, --block-size 1: nothing faster is with 95% confidence within 1 points of AR's accuracy. A higher --count may show it of a faster one."),
+    ((1, 3, 4), (0.05, 0.05, 0.05), True, "Choose --verify: 3.00 times AR's speed, with AR's answers. With a higher --count a faster one may qualify."),
+    ((1, 3, 0.5), (0.05, 0.05, 0), False, "Choose AR, --block-size 1: nothing faster is with 95% confidence within 1 points of AR's accuracy. With a higher --count a faster one may qualify."),
     ((1, 0.5, 0.7), (0, 0, 0), True, "Choose AR, --block-size 1: nothing faster is with 95% confidence within 1 points of AR's accuracy."),
 ])  # fmt: skip
 def test_sweep_recommends_the_fastest_that_is_sure(speeds, drops, identical, choice):

@@ -39,7 +39,7 @@ def test_rotary_frequencies_in_the_file_are_skipped(folder):
 
 
 def test_an_adapter_is_not_taken_for_a_checkpoint():
-    with pytest.raises(InputError, match="is an adapter, not a checkpoint; merge it"):
+    with pytest.raises(InputError, match="is an adapter, not a checkpoint; give its base"):
         load(ROOT / "adapters" / "qwen2.5-coder-0.5b-instruct", "cpu")
 
 

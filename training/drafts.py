@@ -358,5 +358,5 @@ def draft(folder, data, heldout, out, broken, adapter, dtype, device, threads, *
         metrics = runs.run(Drafts(model, corpus, unseen, settings), out)
         if rank() == 0:
             save_adapter(model, out, folder, base_digest(model), metrics.get("heldout_kept"))
-            line = shlex.join(["--model", folder, "--adapter", str(out), "--verify"])
+            line = shlex.join(["--model", folder, "--adapter", str(out), "--verify", "--compare"])
             click.echo(f"The adapter is in {out}; try it: python cli.py generate {line}", err=True)

@@ -178,6 +178,9 @@ def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
                 if rank() == 0:
                     click.echo(f"Interrupted; the same command goes on from {place}.", err=True)
                 raise
+            finally:
+                if rank() == 0 and not (out / "run.json").exists():  # refused before it was a run
+                    (out / ".lock").unlink(missing_ok=True)
 
 
 class Whole(nn.Module):
