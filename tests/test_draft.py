@@ -440,7 +440,9 @@ def test_an_adapter_without_verify_says_what_it_is_worth(plain):
     )
     assert "without --verify it changes nothing" in said()
     assert "quality is not guaranteed" in said("--block-size", "8")
-    assert "Note" not in said("--verify")
+    [note] = [line for line in said("--verify").splitlines() if line.startswith("Note")]
+    assert "no held-out counts" in note  # so nothing can be chosen
+    assert "Note" not in said("--verify", "--draft-width", "3")
 
 
 def test_other_weights_are_one_note(plain, tmp_path):
