@@ -113,10 +113,7 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, com
         answer_file(network, tokenizer, requests, prompts, decoding, recorded, target, header)
         return
     ar = decoding.block_size == 1 and not isinstance(decoding, Verified)
-    require(
-        not (compare and ar),
-        "--compare sets a decoder beside AR, but this is AR; add --verify.",
-    )
+    require(not (compare and ar), "--compare sets a decoder beside AR, but this is AR; add --verify.")
     chance = compare and decoding.temperature and decoding.seed is None
     require(not chance, "--compare draws twice, so it needs a --seed, or temperature 0.")
     chosen = console.choose(asked, decoding, network, recorded=recorded)

@@ -214,7 +214,7 @@ def draft_window(start: int, causal: int, masks: int) -> list[Sees]:
 # Whether drafts pay depends on the device: on what a wide pass costs beside a pass over one token.
 
 AHEAD_WIDTH = 3  # of drafts ahead: 16 tokens a pass
-TRIAL_ROWS = 8  # more change the choice no more
+TRIAL_ROWS = 8  # most rows of a timed pass, so that it stays short
 TRIAL_START = 192  # positions before a timed pass
 TRIAL_SECONDS = 0.5  # after these no more tries, but each pass has two
 

@@ -124,7 +124,7 @@ def llama_cpp(file: Path, tokenizer, stop_token_ids: tuple[int, ...]) -> Callabl
             wanted = {"prompt": prompt, "max_tokens": count, "temperature": 0, "cache_prompt": False}
             [choice] = server.handle_completions(wanted)["choices"]
             ended = choice["finish_reason"] == "stop"
-            answers.append(tokenizer.encode_text(choice["text"]) + list(stop_token_ids[:1]) * ended)
+            answers.append(tokenizer.encode(choice["text"]) + list(stop_token_ids[:1]) * ended)
         return answers, sum(map(len, answers)) - len(answers)
 
     return write

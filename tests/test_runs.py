@@ -213,6 +213,11 @@ def test_what_a_killed_process_left_half_written_is_removed(again, tmp_path):
         file.write_bytes(b"half")
     assert again(steps=3).exit_code == 0
     assert not left[0].exists() and not left[1].parent.exists()
+    other = tmp_path / "other" / ".notes.tmp"  # in a folder that was there before the run
+    other.parent.mkdir()
+    other.write_bytes(b"mine")
+    succeeds(tmp_path, out=other.parent)
+    assert other.read_bytes() == b"mine"
 
 
 def test_a_second_run_in_the_same_folder_is_refused(again, tmp_path):

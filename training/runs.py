@@ -277,7 +277,8 @@ def open_data(
             differs = f"{files[name]}, or it has changed" if name in files else differs
             same = now.get(name, value) == value
             require(same, f"{out}: holds a run with {differs}; take another --out.")
-        for old in [*out.glob(".*.tmp"), *(out / "checkpoints").glob(".*.tmp")]:  # of a run that was killed
+        left = [*out.glob(".*.tmp"), *(out / "checkpoints").glob(".*.tmp")]  # of a run that was killed
+        for old in left if file.exists() else ():  # without run.json they are somebody else's
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         replace_file(file, partial(Path.write_text, data=json.dumps(now, indent=2) + "\n"))
         Corpus.prepare(data, tokenizer, mask, out / "data.tokens", broken)
