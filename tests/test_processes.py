@@ -141,10 +141,12 @@ def test_torchrun_names_a_dead_process_and_the_same_command_goes_on(tmp_path):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     what = ["eval", "--count", "30", "--batch-size", "2", "--block-size", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "cli.py")]
-    line, part = [*torchrun, *what, "--device", "cpu", "--output", str(two)], tmp_path / "two.jsonl.rank-1"
+    line = [*torchrun, *what, "--device", "cpu", "--output", str(two)]
+    other, part = (tmp_path / f"two.jsonl.rank-{rank}" for rank in (0, 1))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     group = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-    while not part.exists() or part.read_bytes().count(b"\n") < 3:
+    # both have begun: a process that still imports torch has nothing to say yet
+    while not (part.exists() and other.exists() and part.read_bytes().count(b"\n") >= 3):
         assert group.poll() is None
         time.sleep(0.02)
     children = subprocess.run(["pgrep", "-P", str(group.pid)], capture_output=True, text=True).stdout.split()
