@@ -182,6 +182,8 @@ class Tokenizer:
         Messages have `role`, `content` and whatever else the template reads; a null is as if left out, but
         for `content`. Raises InputError where there is no template, or where it fails.
         """
+        ok = isinstance(messages, (list, tuple)) and all(isinstance(m, dict) for m in messages)
+        require(ok, "Messages are a list of objects with role and content; wrap a text in one.")
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         template, problem = self.templates.get(name), "The checkpoint has no chat template, so it cannot chat"
         advice = "put a chat_template.jinja into its folder, or continue a text with `generate --raw`"

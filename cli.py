@@ -13,6 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported, which takes second
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -123,6 +124,8 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, com
         console.say("--compare runs the drafts all the same.")
     if requests[""].get("prompt") is console.SAMPLE:
         click.echo(f"{console.SAMPLE}\n", err=True)
+    elif given["model"] == str(console.SHIPPED) and prompt and not re.search("[0-9]", prompt):
+        console.say("the demo model knows only word problems with numbers; --model takes another one.")
     drawn = live and tokenizer and sys.stdout and sys.stdout.isatty()
     if live and not drawn:
         console.say("--watch draws in a terminal only; this is the plain text.")
@@ -400,6 +403,7 @@ def info(checkpoint, model, as_json):
     for key, value in found.items():
         value = ", ".join(value) if isinstance(value, list) else "none" if value is None else value
         value = f"{value:,.1f}" if isinstance(value, float) and value > 1 else value
+        value = f"{value:,}" if type(value) is int else value
         click.echo(f"{key.replace('_', ' '):>26}  {value}")
 
 

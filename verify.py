@@ -380,10 +380,8 @@ def add_adapter(model: Qwen2, r: int, alpha: float, draft_width: int | None = No
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         out_size, in_size = layer.weight.shape
-        A, B = (
-            zeros((r, in_size)),
-            zeros((r, out_size)).t(),
-        )  # stored transposed, which is fastest for few rows
+        A = zeros((r, in_size))
+        B = zeros((r, out_size)).t()  # stored transposed, which is fastest for few rows
         setattr(model.get_submodule(parent), own, AdaptedLinear(layer, adapter, A, B))
     row = model.weight.new_zeros(model.config.hidden_size)
     model.model["embed_tokens"] = AdaptedEmbedding(model.model.embed_tokens, adapter, row)

@@ -40,6 +40,11 @@ def test_without_a_prompt_what_is_piped_in_is_answered_or_else_the_sample_proble
     assert console.SAMPLE in result.stderr and final_answer(result.stdout) == "14"
 
 
+def test_the_demo_model_says_what_it_does_not_know():
+    result = run("generate", "Why is the sky blue?", "--max-new-tokens", 4)
+    assert "only word problems with numbers" in result.stderr and result.exit_code == 0
+
+
 def test_json_has_the_documented_fields_and_counts(shipped):
     found = run_json("generate", QUESTION, "--threshold", 0.8, "--cache", "dual")
     names = "text token_ids prompt_tokens new_tokens passes forward_passes tokens_per_forward seconds tokens_per_second "

@@ -252,6 +252,7 @@ PLAIN, NO_TOOLS = "only plain turns of system, user and assistant", "chat templa
     (None, [USER, ANSWER | {"tool_calls": [CALL]}], None, PLAIN),
     (None, [USER, ANSWER | {"reasoning_content": "Hm."}], None, PLAIN),
     (None, [USER], [TOOL], PLAIN),
+    (LOOP, "Why is the sky blue?", None, "Messages are a list of objects"),
     (LOOP, [USER], [TOOL], NO_TOOLS),
     (LOOP, [USER, ANSWER | {"content": None}], None, "writes a null"),
 ])  # fmt: skip
