@@ -38,14 +38,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import DTYPES, Tokenizer, load, read_checkpoint, save
-from commands.console import HELP_OPTIONS, SHIPPED, VERSION, Commands, option, options, reports_mistakes, say
+from commands.console import HELP_OPTIONS, SHIPPED, VERSION, Commands, options, reports_mistakes, say
 from commands.terminal import token_texts
 from fastdllm import Config, Qwen2, attention_bias, grouped_attention, require, round_up
 from training import runs
 from training.attention import blockwise_attention, can_compile, sparse_attention, sparse_mask
 from training.data import PACKINGS, Corpus, Piece, endless_rows, lay_out, with_mask_token
 from training.drafts import draft
-from training.runs import FILE, RunSettings, lasting, run_options
+from training.runs import FILE, RunSettings, files, lasting, machine, run_options, steps
 
 # --- Noise ---
 
@@ -485,30 +485,30 @@ def show(corpus: Corpus, tokenizer: Tokenizer, config: Config, settings: Trainin
 
 # --- Command line ---
 
-packing_option = option(
+packing_option = files(
     "--packing", type=click.Choice(PACKINGS), default=Training.packing,
     help="documents: padded to whole blocks, cut only if longer than a row, hidden from each other. original "
     "(the authors'): each padded by at least one token, cut where a row ends, visible to each other.",
 )  # fmt: skip
-block_option = option("--block-size", type=int, show_default="the checkpoint's, or 32",
-                      help="Tokens that are denoised together.")  # fmt: skip
+block_option = files("--block-size", type=int, show_default="the checkpoint's, or 32",
+                     help="Tokens that are denoised together.")  # fmt: skip
 training_options = options(  # what `ar` and `adapt` share
     run_options(Training),
-    option("--seq-len", default=Training.seq_len, help="Positions of a row."),
-    option("--micro-batch", default=Training.micro_batch,
-           help="Rows that a device runs at once; changes memory and speed only."),
-    option("--schedule", type=click.Choice(CHOICES["schedule"]), default=Training.schedule,
-           help="The learning rate after the warm-up; cosine falls to 0 at --steps."),
-    option("--weight-decay", default=Training.weight_decay, help="AdamW's, of matrices."),
+    steps("--seq-len", default=Training.seq_len, help="Positions of a row."),
+    machine("--micro-batch", default=Training.micro_batch,
+            help="Rows that a device runs at once; changes memory and speed only."),
+    steps("--schedule", type=click.Choice(CHOICES["schedule"]), default=Training.schedule,
+          help="The learning rate after the warm-up; cosine falls to 0 at --steps."),
+    steps("--weight-decay", default=Training.weight_decay, help="AdamW's, of matrices."),
     packing_option,
-    option("--compute", type=click.Choice(CHOICES["compute"]), show_default="bfloat16 on CUDA, else float32",
-           help="Number format of products; trained weights are float32."),
-    option("--recompute/--no-recompute", default=Training.recompute,
-           help="Keep only the layers' inputs for the backward pass: slower, less memory."),
-    option("--from-scratch", is_flag=True,
-           help="Begin with random weights; --model gives the shape and the tokenizer."),
-    option("--save-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-           help="Number format of the result's weights."),
+    machine("--compute", type=click.Choice(CHOICES["compute"]), show_default="bfloat16 on CUDA, else float32",
+            help="Number format of products; trained weights are float32."),
+    machine("--recompute/--no-recompute", default=Training.recompute,
+            help="Keep only the layers' inputs for the backward pass: slower, less memory."),
+    files("--from-scratch", is_flag=True,
+          help="Begin with random weights; --model gives the shape and the tokenizer."),
+    files("--save-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+          help="Number format of the result's weights."),
 )  # fmt: skip
 
 
@@ -559,12 +559,12 @@ def ar(**given):
 
 
 @main.command(short_help="Make a block-diffusion model of an AR one.")
-@option("--preset", type=click.Choice(list(PRESETS)), callback=take_preset, is_eager=True, expose_value=False,
-        show_default=False, help="The paper's steps and rate for a model of this size.")  # fmt: skip
 @training_options
 @block_option
-@option("--ar-weight", default=Training.ar_weight,
-        help="Weight of a next-token loss beside the adaptation's: keeps AR decoding good.")  # fmt: skip
+@steps("--preset", type=click.Choice(list(PRESETS)), callback=take_preset, is_eager=True, expose_value=False,
+       show_default=False, help="The paper's steps and rate for a model of this size.")  # fmt: skip
+@steps("--ar-weight", default=Training.ar_weight,
+       help="Weight of a next-token loss beside the adaptation's: keeps AR decoding good.")  # fmt: skip
 @reports_mistakes
 def adapt(**given):
     """Make a block-diffusion model of an autoregressive one (paper, section 3)."""
@@ -575,13 +575,13 @@ main.add_command(draft)
 
 
 @main.command("show", short_help="Print how data are read, packed and masked.")
-@option("--model", "folder", default=SHIPPED, show_default="the demo model, tiny/checkpoint",
-        help="Whose tokenizer and block size: a folder or Hub id.")  # fmt: skip
-@option("--data", default=SHIPPED.parent / "sample.jsonl", show_default="tiny/sample.jsonl", type=FILE,
-        help="JSONL, whose first 500 documents are packed.")  # fmt: skip
-@option("--row", default=0, type=click.IntRange(0, 10**6), help="Which row, from 0.")
-@option("--seq-len", default=192, help="Positions of a row.")
-@option("--seed", default=Training.seed, help="Of the order and the noise.")
+@files("--model", "folder", default=SHIPPED, show_default="the demo model, tiny/checkpoint",
+       help="Whose tokenizer and block size: a folder or Hub id.")  # fmt: skip
+@files("--data", default=SHIPPED.parent / "sample.jsonl", show_default="tiny/sample.jsonl", type=FILE,
+       help="JSONL, whose first 500 documents are packed.")  # fmt: skip
+@files("--row", default=0, type=click.IntRange(0, 10**6), help="Which row, from 0.")
+@files("--seq-len", default=192, help="Positions of a row.")
+@files("--seed", default=Training.seed, help="Of the order and the noise.")
 @packing_option
 @block_option
 @reports_mistakes

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import load
-from commands.console import option, reports_mistakes
+from commands.console import Command, reports_mistakes
 from fast import avoid_cudnn_attention
 from fastdllm import PIECE, Qwen2, require, round_up
 from training import runs
 from training.attention import causal_attention, plain_attention
 from training.data import Corpus, with_mask_token
-from training.runs import RunSettings, lasting, rank, run_options, world_size
+from training.runs import RunSettings, files, lasting, machine, rank, run_options, steps, world_size
 from verify import adapted_layers, adapter_of, add_adapter, base_digest, load_adapter, save_adapter
 
 # --- Settings ---
@@ -311,17 +311,17 @@ class Drafts:
 # --- Command ---
 
 
-@click.command(short_help="Teach a model to draft for --verify.")
+@click.command(cls=Command, short_help="Teach a model to draft for --verify.")
 @run_options(Drafting)
-@option("--anchors", default=Drafting.anchors, help="Groups of masks in a row.")
-@option("--width", default=Drafting.width, help="Masks of a group: the longest draft.")
-@option("--rank", type=int, show_default=f"{Drafting.rank}, or the --adapter's",
-              help="Rank of the adapter's products: its size, and how much it can learn.")  # fmt: skip
-@option("--cache-gb", default=Drafting.cache_gb,
-              help="GB of known tokens' keys and values to keep; the rest is computed again.")  # fmt: skip
-@option("--adapter", help="Go on from this adapter: a folder or Hub id.", show_default="a new one")
-@option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.",
-              show_default="float32 on CPUs, else as in the files")  # fmt: skip
+@steps("--anchors", default=Drafting.anchors, help="Groups of masks in a row.")
+@steps("--width", default=Drafting.width, help="Masks of a group: the longest draft.")
+@steps("--rank", type=int, show_default=f"{Drafting.rank}, or the --adapter's",
+       help="Rank of the adapter's products: its size, and how much it can learn.")  # fmt: skip
+@machine("--cache-gb", default=Drafting.cache_gb,
+         help="GB of known tokens' keys and values to keep; the rest is computed again.")  # fmt: skip
+@files("--adapter", help="Go on from this adapter: a folder or Hub id.", show_default="a new one")
+@machine("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.",
+         show_default="float32 on CPUs, else as in the files")  # fmt: skip
 @reports_mistakes
 def draft(folder, data, heldout, out, broken, adapter, dtype, device, threads, **given):
     """Teach a frozen model to draft for --verify: an adapter, on at masks only.

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import Tokenizer, brief, read_json, replace_file
-from commands.console import flag_of, option, options, own_device, say, threads
+from commands.console import flag_of, options, own_device, say, threads, under
 from commands.prompts import lock_run
 from fastdllm import InputError, Qwen2, require
 from training.data import Corpus, file_hash
@@ -73,30 +73,31 @@ def lasting(settings: RunSettings) -> dict:
 
 
 FOLDER, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
+files, steps, saving, machine = map(under, ("Model and data", "Steps", "Checkpoints", "Machine"))
 
 
 def run_options(settings: type[RunSettings]) -> Callable:
     """The options of every run as a decorator; `settings` has the values of those that are not given."""
     return options(
-        option("--model", "folder", required=True, help="Checkpoint to start from: a folder or Hub id."),
-        option("--data", required=True, type=FILE, help="JSONL; `train.py show` shows what trains of it."),
-        option("--out", required=True, type=FOLDER, help="Folder of the result, checkpoints and metrics."),
-        option("--heldout", type=FILE, help="JSONL to measure on, never to train on."),
-        option("--broken", type=click.Choice(["refuse", "skip"]), default="refuse",
-               help="What a broken line of the data does: end the run, or be left out."),
-        option("--device", default="auto", help="auto, cpu, cuda or mps."),
-        threads(option),
-        option("--steps", default=settings.steps, help="Steps of the optimiser."),
-        option("--batch-size", default=settings.batch_size, help="Rows per step, of all devices together."),
-        option("--lr", default=settings.lr, help="Peak learning rate of AdamW."),
-        option("--warmup", default=settings.warmup, help="Steps in which the learning rate rises to it."),
-        option("--clip", default=settings.clip, help="Gradients of a larger norm are scaled down to it."),
-        option("--seed", default=settings.seed, help="Of the data's order and of all that is drawn."),
-        option("--save-every", type=int, show_default="a tenth of --steps, at most 200",
+        files("--model", "folder", required=True, help="Checkpoint to start from: a folder or Hub id."),
+        files("--data", required=True, type=FILE, help="JSONL; `train.py show` shows what trains of it."),
+        files("--out", required=True, type=FOLDER, help="Folder of the result, checkpoints and metrics."),
+        files("--heldout", type=FILE, help="JSONL to measure on, never to train on."),
+        files("--broken", type=click.Choice(["refuse", "skip"]), default="refuse",
+              help="What a broken line of the data does: end the run, or be left out."),
+        steps("--steps", default=settings.steps, help="Steps of the optimiser."),
+        steps("--batch-size", default=settings.batch_size, help="Rows per step, of all devices together."),
+        steps("--lr", default=settings.lr, help="Peak learning rate of AdamW."),
+        steps("--warmup", default=settings.warmup, help="Steps in which the learning rate rises to it."),
+        steps("--clip", default=settings.clip, help="Gradients of a larger norm are scaled down to it."),
+        steps("--seed", default=settings.seed, help="Of the data's order and of all that is drawn."),
+        saving("--save-every", type=int, show_default="a tenth of --steps, at most 200",
                help="Steps between checkpoints: what a killed run computes again at most."),
-        option("--keep", default=settings.keep, help="Checkpoints that stay, the last ones."),
-        option("--eval-every", default=settings.eval_every, help="Steps between looks at --heldout."),
-        option("--eval-rows", default=settings.eval_rows, help="Rows of --heldout per look."),
+        saving("--keep", default=settings.keep, help="Checkpoints that stay, the last ones."),
+        saving("--eval-every", default=settings.eval_every, help="Steps between looks at --heldout."),
+        saving("--eval-rows", default=settings.eval_rows, help="Rows of --heldout per look."),
+        machine("--device", default="auto", help="auto, cpu, cuda or mps."),
+        threads(machine),
     )  # fmt: skip
 
 
