@@ -68,7 +68,7 @@ class Generation(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as chat templates expect it, and bounded: what is not data is refused, and loops end."""
+    """Jinja as chat templates expect it, and bounded: only data, and so many calls and characters."""
 
     def __init__(self):
         extensions = [loopcontrols, Generation]
@@ -182,8 +182,10 @@ class Tokenizer:
         Messages have `role`, `content` and whatever else the template reads; a null is as if left out, but
         for `content`. Raises InputError where there is no template, or where it fails.
         """
-        ok = isinstance(messages, (list, tuple)) and all(isinstance(m, dict) for m in messages)
-        require(ok, "Messages are a list of objects with role and content; wrap a text in one.")
+        says = lambda m: "content" in m or "tool_calls" in m
+        good = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and says(m)
+        ok = isinstance(messages, (list, tuple)) and messages and all(map(good, messages))
+        require(ok, "Messages are a list of objects, each with `role` and `content`.")
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         template, problem = self.templates.get(name), "The checkpoint has no chat template, so it cannot chat"
         advice = "put a chat_template.jinja into its folder, or continue a text with `generate --raw`"
@@ -280,6 +282,7 @@ NAMES = list(Config.__annotations__)
 SAME_KEYS = NAMES[: NAMES.index("block_size")]  # fields that config.json has under the same names
 SIZES = NAMES[: NAMES.index("rms_norm_eps")]
 KINDS = ("qwen2", "Fast_dLLM_Qwen")
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"  # tensor name -> file, for weights in several files
 HUB_ERRORS = {
     "LocalEntryNotFoundError": "no network",
@@ -326,7 +329,7 @@ def locate(path: str | os.PathLike, files: list[str] | None = None) -> Path:
     require(not mistyped, f"{brief(path)}: no such folder; {advice}")
     if not files:
         parse_config(read_json(download(path, ["config.json"]) / "config.json"))
-    return download(path, files or ["config.json", "generation_config.json", INDEX, *TOKENIZER_FILES])
+    return download(path, files or ["config.json", GENERATION, INDEX, *TOKENIZER_FILES])
 
 
 def download(hub_id: str, names: list[str]) -> Path:
@@ -399,7 +402,7 @@ RULES: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys(["rms_norm_eps", "rope_theta"], (is_positive, "a positive number")),
     "tie_word_embeddings": (lambda x: type(x) is bool, "true or false"),
     "mask_token_id": (is_integer(0), "a token id"),
-    "architectures": (lambda x: any("ForCausalLM" in name for name in as_list(x)), "a language model's"),
+    "architectures": (lambda x: any("ForCausalLM" in str(name) for name in as_list(x)), "a language model's"),
     "eos_token_id": (lambda x: all(map(is_integer(0), as_list(x))), "a token id or a list of token ids"),
     "hidden_act": (lambda x: x == "silu", "silu"),
     "is_causal": (lambda x: x is True, "true: an encoder such as an embedding model writes no text"),
@@ -459,8 +462,8 @@ def read_checkpoint(path: str | os.PathLike, weights: bool = True) -> tuple[Path
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     require(not is_adapter, f"{folder}: is an adapter, not a checkpoint; give its base, and it as --adapter.")
     raw = read_json(folder / "config.json")
-    if (folder / "generation_config.json").is_file():
-        more = read_json(folder / "generation_config.json").get("eos_token_id")
+    if (folder / GENERATION).is_file():
+        more = read_json(folder / GENERATION).get("eos_token_id")
         raw["eos_token_id"] = as_list(raw.get("eos_token_id")) + as_list(more)
     config, tokenizer = parse_config(raw), None
     most, stops, mask = config.max_position_embeddings, config.stop_token_ids, config.mask_token_id
@@ -486,7 +489,7 @@ def load(
     device: a torch device, or "auto": cuda, else mps, else cpu. dtype: one of `DTYPES` or its name; "auto" is
     the embedding's dtype in the file. Raises InputError naming the file, key or tensor that is wrong.
     """
-    device, wanted = pick_device(device), DTYPES.get(dtype, dtype)
+    device, wanted = pick_device(device), DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     require(wanted in DTYPES.values(), f"dtype {dtype!r} is not known; take one of {', '.join(DTYPES)}.")
     folder, config, tokenizer = read_checkpoint(path)
     with torch.device("meta"):
@@ -520,8 +523,9 @@ def require_plain(model: nn.Module, doing: str) -> None:
 def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
     """Write what `load` reads, under the published names.
 
-    config.json comes last: without it, a folder that a kill leaves half-written is no checkpoint. Raises
-    OSError where the folder cannot be written; where the weights cannot, an old checkpoint there stays whole.
+    An old config.json goes before the weights are replaced, and the new one comes last: without it, a folder
+    that a kill leaves half-written is no checkpoint. Raises OSError where the folder cannot be written; where
+    the weights cannot, an old checkpoint there stays whole.
     Raises InputError for a model that `require_plain` refuses: the files have no place for its weights.
     """
     require_plain(model, "cannot be saved")
@@ -530,10 +534,14 @@ def save(model: Qwen2, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head once
     dtype = str(model.weight.dtype).removeprefix("torch.")
     config = json.dumps(unparse_config(model.config) | {"torch_dtype": dtype}, indent=2) + "\n"
-    write_tensors(folder / "model.safetensors", weights)
-    # what an older checkpoint says would contradict the new files
-    for name in ("config.json", INDEX, *(TOKENIZER_FILES if tokenizer else [])):
-        (folder / name).unlink(missing_ok=True)
+
+    def write(part: Path) -> None:
+        save_file(weights, part, {"format": "pt"})
+        # what an older checkpoint says would contradict the new files
+        for name in ("config.json", INDEX, GENERATION, *(TOKENIZER_FILES if tokenizer else [])):
+            (folder / name).unlink(missing_ok=True)
+
+    replace_file(folder / "model.safetensors", write)
     for name, content in {**(tokenizer.files if tokenizer else {}), "config.json": config.encode()}.items():
         replace_file(folder / name, partial(Path.write_bytes, data=content))
 

@@ -595,7 +595,7 @@ class Row:
     def draw(self, positions: list[int]) -> Tensor:
         """A uniform number for each guess; a position that is guessed again gets a new one."""
         count = len(positions) if self.decoding.temperature else 0
-        return torch.rand(count, generator=self.generator)
+        return torch.rand(count, generator=self.generator, dtype=torch.float32)
 
     def advance(self, step: Step) -> None:
         """Write the revealed tokens and move `settled` over what is final now.
@@ -667,6 +667,8 @@ def decode(
     decoding = decoding.resolve(model)
     prompts = [check_prompt(prompt, decoding, model.config) for prompt in prompts]
     require(cache is None or len(prompts) == 1, f"A cache is for one prompt, not {len(prompts)}.")
+    blocks = range(0, cache.k.shape[2] + 1 if cache else 1, decoding.block_size)
+    require(cached in blocks, f"cached is {cached}, it must be whole blocks that the cache holds.")
     require(not (cache and recorded), "Recorded passes have a cache of their own; leave the other one out.")
     return decode_rows(model, prompts, decoding, recorded, cache, cached)
 

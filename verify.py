@@ -47,7 +47,8 @@ from fastdllm import (
 
 # --- Decoding ---
 
-SAME_BITS = 32  # tokens that may share a product on a CPU in bfloat16 without changing a bit of each other
+# tokens that may share a product of prepacked bfloat16 weights without changing a bit of each other
+SAME_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Verified(Decoding):
     Raises InputError for options of block diffusion, which have no meaning here.
     """
 
-    # masks of a draft; None: the adapter's, else half a block, ahead an eighth
+    # masks of a draft; None: the adapter's, else half a block but at most 16, ahead an eighth but at most 4
     draft_width: int | None = None
     draft_ahead: bool = False  # draft in verify passes too: fewer passes, but wider ones
 
@@ -72,6 +73,8 @@ class Verified(Decoding):
         width = self.draft_width
         ok = width is None or type(width) is int and width >= 1
         require(ok, f"draft_width is {width!r}, it must be a whole number of at least 1.")
+        ahead = self.draft_ahead
+        require(type(ahead) is bool, f"draft_ahead is {ahead!r}, it must be True or False.")
 
     def resolve(self, model: Qwen2) -> "Verified":
         """With the adapter's or the checkpoint's draft width for None.
@@ -83,7 +86,8 @@ class Verified(Decoding):
         require(config.mask_token_id is not None, no_mask)
         width = self.draft_width or (adapter.draft_width if adapter else None)
         if width is None:  # a pass that drafts ahead grows with the square of the width
-            width = max(1, config.block_size // (8 if self.draft_ahead else 2))
+            size = config.block_size
+            width = max(1, min(4, size // 8) if self.draft_ahead else min(16, size // 2))
         resolved = replace(
             self, block_size=1, sub_block_size=1, stop_token_ids=self.stops(config), draft_width=width
         )
@@ -117,7 +121,10 @@ class Verified(Decoding):
         return width
 
     def most_rows(self, model: Qwen2, step: Step) -> int | None:
-        """As many as leave a token's bits as if it ran alone: in bfloat16 on a CPU 32 tokens, or one row."""
+        """As many as leave a token's bits as if it ran alone: in bfloat16 on a CPU 32 tokens, or one row.
+
+        That holds for prepacked weights, see `fast.prepack`.
+        """
         if step.kind != "prefill" and rounds_by_width(model):
             return max(1, SAME_BITS // step.width)
         return super().most_rows(model, step)
@@ -187,8 +194,9 @@ class VerifiedRow(Row):
         if not self.decoding.temperature or not positions:
             return torch.empty(0)
         while len(self.ar_draws) <= max(positions) - self.prompt_length:
-            self.ar_draws += torch.rand(1, generator=self.generator).tolist()
-        return torch.tensor([self.ar_draws[i - self.prompt_length] for i in positions])
+            self.ar_draws += super().draw([len(self.ar_draws)]).tolist()
+        draws = [self.ar_draws[i - self.prompt_length] for i in positions]
+        return torch.tensor(draws, dtype=torch.float32)
 
 
 def draft_window(start: int, causal: int, masks: int) -> list[Sees]:
@@ -262,7 +270,7 @@ def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None
     held-out drafts. Returns resolved options, and whether a token's bits were the same in passes of all
     widths. Raises InputError for a model without an adapter that has counts.
     """
-    adapter, decoding = adapter_of(model), decoding.resolve(model)
+    adapter, decoding = adapter_of(model), replace(decoding, draft_ahead=False).resolve(model)
     counts = adapter and adapter.heldout_kept
     require(counts, "A choice needs an adapter with heldout_kept in its adapter_config.json.")
     kept = lambda width: sum(min(n, width) * drafts for n, drafts in enumerate(counts)) / sum(counts)

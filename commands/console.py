@@ -285,6 +285,8 @@ def take_decoding(given: dict) -> Decoding:
 
 def resolve(asked: Decoding, model: Qwen2) -> Decoding:
     """What was asked for, with the model's values; says what a user should know of it."""
+    import torch
+
     from fastdllm import Decoding, rounds_by_width
     from verify import SAME_BITS, Verified, adapter_of
 
@@ -299,9 +301,12 @@ def resolve(asked: Decoding, model: Qwen2) -> Decoding:
     if sub < min(8, size) and asked.sub_block_size is None:
         odd = f"block size {size} is no multiple of 8, so its sub-blocks have {counted(sub, 'token')}"
         say(f"{odd}, which is slow; --sub-block-size {size} takes the whole block.")
-    if verify and decoding.widest() > SAME_BITS and rounds_by_width(model):
-        wide = f"passes of {decoding.widest()} tokens round otherwise than AR's in bfloat16"
-        say(f"{wide}, so an answer may part from AR's at a tie; up to {SAME_BITS} do not.")
+    if verify and rounds_by_width(model):
+        parts = "round otherwise than AR's in bfloat16, so an answer may part from AR's at a tie"
+        if isinstance(model.lm_head, torch.nn.Linear):
+            say(f"without --prepack wide passes {parts}.")
+        elif decoding.widest() > SAME_BITS:
+            say(f"passes of {decoding.widest()} tokens {parts}; up to {SAME_BITS} do not.")
     for name in ("top_p", "top_k", "seed"):
         if getattr(asked, name) != getattr(Decoding, name) and not asked.temperature:
             say(f"{flag_of(name)} changes nothing at temperature 0.")

@@ -4,15 +4,17 @@ import json
 import os
 import reprlib
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, change_config, write_files
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from checkpoint import load, load_tokenizer, parse_config, replace_file, save
 from fastdllm import Config, Decoding, InputError, Qwen2, generate
 
@@ -168,15 +170,31 @@ def test_save_keeps_every_file_of_the_tokenizer_and_nothing_of_an_older_checkpoi
     assert {name: (tmp_path / "new" / name).read_text() for name in TOKENIZER_FILES} == TOKENIZER_FILES
     save(model, None, folder)
     assert same_weights(load(folder, "cpu")[0], model)
+    write_files(folder, {"generation_config.json": {"eos_token_id": [17, 18]}})
     save(model, shipped[1], folder)
     assert load_tokenizer(folder).files == shipped[1].files
+    assert not (folder / "generation_config.json").exists()  # its stop tokens would be added
+
+
+def test_a_save_without_room_leaves_the_old_files(golden_models, folder, monkeypatch):
+    write_files(folder, TOKENIZER_FILES)
+    contents = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents()
+
+    def fails(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    with pytest.raises(OSError, match="cannot be written"):
+        save(golden_models["untied"], load_tokenizer(folder), folder)
+    assert contents() == before
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 3])
-def test_a_save_that_ends_early_leaves_the_old_files_or_none(golden_models, folder, monkeypatch, renamed):
+def test_a_save_that_is_killed_leaves_no_checkpoint_of_both(golden_models, folder, monkeypatch, renamed):
     write_files(folder, TOKENIZER_FILES)
-    contents = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
-    before, rename, left = contents(), os.replace, iter(range(renamed))
+    rename, left = os.replace, iter(range(renamed))
 
     def ends_early(source, target):
         if next(left, None) is None:
@@ -186,11 +204,8 @@ def test_a_save_that_ends_early_leaves_the_old_files_or_none(golden_models, fold
     monkeypatch.setattr(os, "replace", ends_early)
     with pytest.raises(KeyboardInterrupt):
         save(golden_models["untied"], load_tokenizer(folder), folder)
-    if renamed == 0:
-        assert contents() == before
-    else:
-        assert refusal(folder) == f"{folder}: config.json is missing."
-        assert not any(name.endswith(".tmp") for name in contents())
+    assert refusal(folder) == f"{folder}: config.json is missing."
+    assert not any(path.name.endswith(".tmp") for path in folder.iterdir())
 
 
 def test_a_pipe_or_folder_is_never_replaced(tmp_path):

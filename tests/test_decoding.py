@@ -319,3 +319,12 @@ def test_a_kept_cache_is_for_one_prompt_and_recorded_passes_have_their_own(untie
         decode(untied, [[1], [2]], Decoding(), cache=kept)
     with pytest.raises(InputError, match="have a cache of their own"):
         decode(untied, [[1]], Decoding(), recorded, kept)
+
+
+@pytest.mark.parametrize("positions", [-32, 5, 96])
+def test_cached_positions_are_whole_blocks_that_the_cache_holds(untied, positions):
+    for cache in None, KVCache(untied.config, 1, 64, untied.weight):
+        with pytest.raises(InputError, match=f"cached is {positions}, it must be whole blocks"):
+            decode(untied, [[1] * 100], Decoding(32), cache=cache, cached=positions)
+    with pytest.raises(InputError, match="cached is 32"):
+        decode(untied, [[1] * 100], Decoding(32), cached=32)

@@ -253,6 +253,8 @@ PLAIN, NO_TOOLS = "only plain turns of system, user and assistant", "chat templa
     (None, [USER, ANSWER | {"reasoning_content": "Hm."}], None, PLAIN),
     (None, [USER], [TOOL], PLAIN),
     (LOOP, "Why is the sky blue?", None, "Messages are a list of objects"),
+    (LOOP, [{"from": "human", "value": "Hi"}], None, "each with `role` and `content`"),
+    (LOOP, [], None, "Messages are a list of objects"),
     (LOOP, [USER], [TOOL], NO_TOOLS),
     (LOOP, [USER, ANSWER | {"content": None}], None, "writes a null"),
 ])  # fmt: skip

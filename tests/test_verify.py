@@ -136,10 +136,19 @@ def test_no_pass_is_spent_beyond_the_budget(lucky):
     ({"threshold": 0.9}, "leave threshold 0.9 out"), ({"accept": "prefix"}, "leave accept prefix out"),
     ({"draft_width": 0}, "draft_width is 0"), ({"draft_width": 10**6}, "passes of 1000001 tokens, more than 512"),
     ({"draft_width": 30, "draft_ahead": True}, "draft_width 30 needs passes of 961 tokens, more than 512"),
+    ({"draft_ahead": 3}, "draft_ahead is 3, it must be True or False"),
 ])  # fmt: skip
 def test_options_that_contradict_verification_or_do_not_fit_a_pass_are_refused(untied, knobs, words):
     with pytest.raises(InputError, match=words):
         decode(untied, [[1]], Verified(**knobs))
+
+
+@pytest.mark.parametrize("size, width, ahead", [(1, 1, 1), (8, 4, 1), (32, 16, 4), (64, 16, 4), (256, 16, 4)])
+def test_drafts_are_half_a_block_or_ahead_an_eighth_and_passes_keep_their_bits(size, width, ahead):
+    model = Qwen2(Config(64, 32, 48, 1, 4, 2, 8, 512, block_size=size, mask_token_id=63))
+    chain, wide = Verified().resolve(model), Verified(draft_ahead=True).resolve(model)
+    assert (chain.draft_width, wide.draft_width) == (width, ahead)
+    assert max(chain.widest(), wide.widest()) <= verify.SAME_BITS
 
 
 def test_a_model_without_masks_cannot_draft():
@@ -204,7 +213,9 @@ def test_the_fastest_way_by_timed_passes_is_chosen(untied, monkeypatch, seconds,
     model = copy.deepcopy(untied)
     add_adapter(model, 4, 8.0, 5).heldout_kept = [405, 318, 331, 243, 258, 651]
     monkeypatch.setattr(verify, "time_passes", lambda *given: (seconds, True))
-    decoding, same_bits = choose_drafts(model, Verified(max_new_tokens=9, temperature=0.5, seed=1))
+    given = {"max_new_tokens": 9, "temperature": 0.5, "seed": 1}
+    decoding, same_bits = choose_drafts(model, Verified(**given))
+    assert choose_drafts(model, Verified(draft_ahead=True, **given)) == (decoding, same_bits)
     assert (getattr(decoding, "draft_width", None), getattr(decoding, "draft_ahead", None)) == chosen
     assert (decoding.max_new_tokens, decoding.temperature, decoding.seed) == (9, 0.5, 1)
     assert decoding.block_size == 1 and same_bits
