@@ -261,6 +261,9 @@ def evaluate(problems, count, instruction, paper_prompt, target, as_json, **give
 
     decoding = console.take_decoding(given)
     require(console.PROCESSES == 1 or target, "Several processes need --output FILE to write to.")
+    require(
+        console.PROCESSES == 1 or problems != "-", "Several processes need a file of PROBLEMS, not stdin."
+    )
     console.require_writable("--output", target)
     instruction += f"\n{PAPER_PROMPT}" * paper_prompt
     problems = read_problems(problems and read_jsonl(problems), count, instruction)
@@ -327,7 +330,7 @@ DECODERS = ["ar", "block", "dual", "none", "prefix", "verify", "ahead"]
         help="Random prompts of this length.")  # fmt: skip
 @option("--new-tokens", type=click.IntRange(2, 10**6), default=128, help="The longest answer.")
 @option("--rounds", type=click.IntRange(1, 1000), default=3, help="Interleaved; medians are shown.")
-@option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random prompts and weights.")
+@option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of random prompts.")
 @option("--output", "target", type=FILE, help="JSON file for all figures.")
 @console.model_options
 @console.record_option

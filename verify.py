@@ -420,12 +420,12 @@ def base_digest(model: Qwen2) -> str:
 
 
 def save_adapter(
-    model: Qwen2, folder: str | Path, base: str, digest: str, heldout_kept: list[int] | None = None
+    model: Qwen2, folder: str | Path, base: str, digest: str | None, heldout_kept: list[int] | None = None
 ) -> None:
     """Write the adapter in bfloat16; each file is written beside its place and renamed.
 
-    base: the name or folder of the checkpoint that it belongs to; digest: that checkpoint's `base_digest`;
-    heldout_kept: how many held-out drafts kept 0, 1, 2, ... of their tokens.
+    base: the name or folder of the checkpoint that it belongs to; digest: its `base_digest`, None where it
+    is in float16; heldout_kept: how many held-out drafts kept 0, 1, 2, ... of their tokens.
     """
     folder, adapter = Path(folder), adapter_of(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -492,8 +492,9 @@ def load_adapter(model: Qwen2, path: str | Path) -> Qwen2:
         for name, tensor in adapter_tensors(model).items():
             tensor.copy_(weights.get_tensor(name))
     model.config = replace(c, mask_token_id=mask)
-    # float16 rounds small weights of bfloat16, so its digest says nothing
-    if raw.get("base_digest") != digest and model.weight.dtype != torch.float16:
+    # float16 rounds small weights of bfloat16, so a digest in it says nothing, and none is stored
+    half = model.weight.dtype == torch.float16
+    if not half and raw.get("base_digest") not in (None, digest):
         other = f"{folder}: was trained on other weights than these (its base is named {base})."
         warnings.warn(f"{other} The text stays this model's own, but fewer drafts may be kept.", stacklevel=2)
     return model.eval()

@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 from commands.console import HELP_OPTIONS, reports_mistakes  # noqa: E402
 from commands.prompts import parse_jsonl  # noqa: E402
-from fastdllm import require  # noqa: E402
+from fastdllm import InputError, require  # noqa: E402
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -96,9 +96,12 @@ def read_jsonl(path: Path, *needed: str) -> list[dict]:
     Raises InputError for a broken line and for a record without a key that is needed.
     """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        records = parse_jsonl(file.read(), path)
+        try:
+            records = parse_jsonl(file.read(), path)
+        except EOFError:
+            raise InputError(f"{path}: ends in the middle of its compressed data.") from None
     for place, record in records.items():
-        missing = [f"`{key}`" for key in needed if key not in record]
+        missing = [f"`{key}`" for key in needed if not record.get(key)]
         require(not missing, f"{place}: needs {' and '.join(missing)}.")
     return list(records.values())
 

@@ -235,7 +235,7 @@ def main(
     stop = decodings["AR"].resolve(network).stop_token_ids
     for path in ggufs:
         require(tokenizer and batch_size == 1 and not exact, "--gguf needs a --model, and batches of one.")
-        ways[f"{name} llama.cpp, {path.name}"] = llama_cpp(path, tokenizer, stop)
+        ways[f"{str(network.weight.dtype)[6:]} llama.cpp, {path.name}"] = llama_cpp(path, tokenizer, stop)
     if file:
         records = dict([*files.read_jsonl(file).items()][:count])
         prompts, records = files.encode_prompts(records, tokenizer, longest, config), [*records.values()]
@@ -244,13 +244,15 @@ def main(
         check_prompt(prompts[0], longest, config)
         records = [{"set": "random"}] * len(prompts)
     used = {"shape": shape} if shape else files.header_of(model, adapter, network, longest)
+    used |= files.options_of(longest) | {"packed": packed}
     run = hashlib.sha256(json.dumps([used, list(ways), batch_size, prompts]).encode()).hexdigest()
     busy = f"{target}: another run is writing it; wait for it, or name another --output."
     with files.lock_run(target, busy) as output:
+        content = target.read_bytes()
+        header, *done = [*files.parse_jsonl(content[: content.rfind(b"\n") + 1], target).values()] or [{}]
+        same = not content or header.get("run") == run
+        require(same, f"{target}: holds another run, or something else; take another --output.")
         files.cut_half_a_line(target)  # a killed run leaves it
-        header, *done = [*files.parse_jsonl(target.read_bytes(), target).values()] or [{}]
-        same = not header or header.get("run") == run
-        require(same, f"{target}: holds a run of other weights, prompts or ways; take another --output.")
         where = network.weight.device
         if not header:
             about |= {

@@ -503,7 +503,7 @@ def bench(
         ar = {cell.decoding.batch_size: cell for cell in done if cell.decoder == "ar"}
         rows[:] = [summary(cell, ar.get(cell.decoding.batch_size), machine) for cell in done]
         about["machine"], about["rounds"] = machine, min((len(cell.rounds) for cell in done), default=0)
-        if target:
+        if target and rows:
             content = json.dumps(about | {"rows": rows}, indent=1) + "\n"
             replace_file(target, partial(Path.write_text, data=content))
 

@@ -99,6 +99,7 @@ def require_writable(flag: str, path: Path | None, mark: str = "") -> None:
 
     if path is None:
         return
+    require(path.name != "-", f"{flag} -: standard output is no file; name one.")
     folder = path.absolute().parent
     require(folder.is_dir(), f"{flag} {path}: the folder {folder} does not exist.")
     require(path.is_file() or not path.exists(), f"{flag} {path}: is no file; name one.")
@@ -189,7 +190,8 @@ class Existing(click.Path):
     def convert(self, value, parameter, context) -> str:
         folder, name = os.path.split(value)
         if value != "-" and not os.path.exists(value) and os.path.isdir(folder or "."):
-            for near in difflib.get_close_matches(name, os.listdir(folder or "."), 1):
+            there = os.listdir(folder or ".") if os.access(folder or ".", os.R_OK) else []
+            for near in difflib.get_close_matches(name, there, 1):
                 self.fail(f"{value} does not exist; did you mean {os.path.join(folder, near)}?")
         return super().convert(value, parameter, context)
 

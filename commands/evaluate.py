@@ -109,11 +109,14 @@ def read_problems(
         messages, answer = record.get("messages"), record.get("answer")
         if isinstance(record.get("question"), str):
             messages = [{"role": "user", "content": record["question"] + instruction}]
+        elif messages:
+            require(not instruction, f"{place}: an instruction follows a `question`, this has `messages`.")
         if type(answer) in (int, float):
             answer = f"{Decimal(str(answer)):f}"
         expected = final_answer(answer) if isinstance(answer, str) else None
         require(isinstance(messages, list) and messages and expected is not None, f"{place}: {needs}")
-        found[place] = {"messages": messages, "expected": expected}
+        chat = {name: record[name] for name in ("system", "tools") if record.get(name)}
+        found[place] = chat | {"messages": messages, "expected": expected}
     return found
 
 

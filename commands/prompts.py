@@ -36,21 +36,35 @@ except ImportError:  # Windows
 # --- Prompts ---
 
 
+def tools_of(record: dict) -> list | None:
+    """The tools of a chat; some data hold them as JSON in a text."""
+    tools = record.get("tools") or None
+    with suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    require(tools is None or isinstance(tools, list), "its tools are no list")
+    return tools
+
+
 def encode_prompt(
     request: dict, tokenizer: Tokenizer | None, system: str | None = None, raw: bool = False
 ) -> list[int]:
     """Token ids of a request with `prompt_ids`, `messages` or `prompt`, or InputError for anything else.
 
-    `tools` beside messages reach the chat template, and a `system` message stands before them.
+    `tools` beside messages reach the chat template, and a `system` message, given or of the request, stands
+    before them.
     """
-    if "prompt_ids" in request:
-        require(isinstance(request["prompt_ids"], list), "prompt_ids must be a list of integers.")
+    if (ids := request.get("prompt_ids")) is not None:
+        require(isinstance(ids, list), "prompt_ids must be a list of integers.")
         require(not raw and system is None, "--raw and --system are for text, not for token ids.")
-        return request["prompt_ids"]
+        return ids
+    if request.get("system"):
+        require(isinstance(request["system"], str), "`system` must be text, in quotes.")
+        require(system is None, "The request has a system message already; leave --system out.")
+        system = request["system"]
     require(tokenizer, "The checkpoint has no tokenizer; `generate` takes token ids with --prompt-ids.")
     prompt, messages = request.get("prompt"), request.get("messages")
     require(prompt is None or messages is None, "`prompt` and `messages` exclude one another; give one.")
-    if "prompt" in request:
+    if prompt is not None:
         require(isinstance(prompt, str), "`prompt` must be text, in quotes.")
         require(prompt.strip(), "The prompt is empty; give it some text.")
         messages = [{"role": "user", "content": prompt}]
@@ -58,13 +72,12 @@ def encode_prompt(
         require(prompt and system is None, "--raw continues a prompt, without messages and --system.")
         return tokenizer.encode_text(prompt)
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    good = good and all(isinstance(m.get("role"), str) and "content" in m for m in messages)
     require(good, "This needs `prompt`, `prompt_ids`, or `messages`: objects with `role` and `content`.")
     if system is not None:
-        first = messages[0]["role"]
+        first = messages[0].get("role")
         require(first != "system", "The messages have a system message already; leave --system out.")
         messages = [{"role": "system", "content": system}, *messages]
-    return tokenizer.chat(messages, request.get("tools"))
+    return tokenizer.chat(messages, tools_of(request))
 
 
 def encode_prompts(
@@ -252,7 +265,9 @@ def answer_all(
         return [json.loads(line) for line in there], None
     while len(results := read_parts(target, header)) < len(prompts):  # a process that dies ends this one
         time.sleep(0.5)
-    lines = [line_of(index, results[index]) | run for index in range(len(prompts))]
+    # `run` comes last, also where a request has a field of this name
+    without = lambda line: {name: value for name, value in line.items() if name != "run"}
+    lines = [without(line_of(index, results[index])) | run for index in range(len(prompts))]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     replace_file(target, partial(Path.write_text, data=content, encoding="utf-8"))
     for part in parts_of(target):
@@ -265,7 +280,7 @@ def answer_share(
 ) -> bool:
     """Write this process's share of the results to its part; returns whether an earlier run had begun it."""
     go_on = f"what is answered is in {target}.rank-*, and the same command goes on."
-    ended = f"Error: torchrun ended process {console.RANK}, since another one has failed; {go_on}"
+    ended = f"Error: process {console.RANK} was ended, as torchrun does where another one fails; {go_on}"
     if console.PROCESSES > 1:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(ended))
     there, path = read_parts(target, header), Path(f"{target}.rank-{console.RANK}")

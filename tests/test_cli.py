@@ -149,6 +149,15 @@ def test_files_of_prompts_give_answers_in_order_with_their_fields(tmp_path):
     assert list(map(json.loads, alone.stdout.splitlines())) == answers
 
 
+def test_answers_can_be_asked_again(tmp_path):
+    """Their field `run` gives way to that of the new file."""
+    source, target = write_lines(tmp_path / "in", [{"prompt": "hi", "run": 3}]), tmp_path / "out.jsonl"
+    for _ in range(2):
+        result = run("generate", "--input", source, "--max-new-tokens", 2, "--output", target)
+        assert result.exit_code == 0
+    assert "is complete" in result.stderr and read_lines(target)[0]["run"] != 3
+
+
 def test_answers_to_a_system_message_keep_the_prompt_that_was_asked(tmp_path, shipped):
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": "hi"}])
     for options, kept in ([], False), (["--system", "Be brief."], True), (["--raw"], True):
@@ -163,14 +172,19 @@ def test_extra_keys_of_messages_and_tools_reach_the_template():
         chat = staticmethod(lambda messages, tools: [messages, tools])
 
     messages = [{"role": "user", "content": None, "tool_call_id": "x"}]
-    found = prompts.encode_prompt({"messages": messages, "tools": [{"name": "f"}]}, Tokenizer())
-    assert found == [messages, [{"name": "f"}]]
+    for tools in [{"name": "f"}], '[{"name": "f"}]':
+        request = {"messages": messages, "tools": tools, "prompt": None, "prompt_ids": None}
+        assert prompts.encode_prompt(request, Tokenizer()) == [messages, [{"name": "f"}]]
+    request = {"prompt": "hi", "system": "Be brief."}
+    assert prompts.encode_prompt(request, Tokenizer())[0][0] == {"role": "system", "content": "Be brief."}
+    with pytest.raises(InputError, match="leave --system out"):
+        prompts.encode_prompt(request, Tokenizer(), system="Be long.")
 
 
 @pytest.mark.parametrize("line, message", [
     (b"{", "not valid JSON"), (b"3", "not a JSON object"), (b'{"text": "x"}', "needs `prompt`"), (b'{"prompt": ""}', "is empty"),
     (b'{"prompt": 5}', "must be text"),
-    (b'{"messages": [{"role": "user"}]}', "needs `prompt`"), (b'{"messages": [3]}', "needs `prompt`"),
+    (b'{"messages": [{"role": "user"}]}', "each with `role` and `content`"), (b'{"messages": [3]}', "needs `prompt`"),
     (b'{"prompt": "a", "messages": []}', "exclude one another"), (b'{"prompt_ids": [-1]}', "outside the vocabulary"),
     (b'{"prompt_ids": "1"}', "list of integers"), (b'{"prompt_ids": ["a"]}', "token ids"),
     (b'{"prompt": "\\ud800 x"}', "not valid JSON"), (b"[" * 100_000, "not valid JSON"), (b'{"prompt": "caf\xe9"}', "not valid JSON"),

@@ -79,6 +79,7 @@ SYSTEM = {"role": "system", "content": "s"}
 SAME = [  # records, and the messages that they mean
     ({"question": "a", "answer": "b"}, chat("a", "b")),
     ({"question": "a", "answer": "b", "system": "s", "id": 7}, [SYSTEM, *chat("a", "b")]),
+    ({"question": "a", "answer": "b", "system": "", "token_ids": None}, chat("a", "b")),
     ({"messages": chat("a", "b"), "system": "s", "text": None}, [SYSTEM, *chat("a", "b")]),
     ({"prompt": "a", "completion": "b"}, chat("a", "b")),
     ({"prompt": chat("a", "x", "c"), "completion": chat("", "b")[1:]}, chat("a", answer("x", weight=0), "c", "b")),

@@ -370,11 +370,14 @@ def test_a_killed_run_goes_on_to_the_same_adapter_and_two_processes_train_like_o
 def test_an_adapter_goes_on_from_where_it_was(tmp_path):
     first, more = tmp_path / "first", tmp_path / "more"
     trains(tmp_path, out=first, rank=3)
-    again = {"adapter": first, "out": more, "steps": 1, "lr": 1e-9, "rank": None}
+    again = {"adapter": first, "out": more, "steps": 1, "lr": 1e-9, "rank": None, "width": None}
     trains(tmp_path, **again)
     assert weights(more) == weights(first)
     config = json.loads((more / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (3, 6)
+    assert (config["r"], config["lora_alpha"], config["draft_width"]) == (3, 6, 3)
+    assert "heldout_kept" not in config
+    trains(tmp_path, **again | {"heldout": tmp_path / "own.jsonl"})  # all steps are done, and its counts come
+    assert sum(json.loads((more / "adapter_config.json").read_text())["heldout_kept"])
     assert "holds a run with seed 0, not 1" in trains(tmp_path, status=2, **again | {"seed": 1})
     assert "leave --rank out" in trains(tmp_path, status=2, **again | {"rank": 3})
 

@@ -1,5 +1,6 @@
 """The prompts from which a draft adapter's training data are made."""
 
+import gzip
 import json
 import sys
 
@@ -49,6 +50,9 @@ def test_prompts_that_were_used_do_not_come_again(printed, tmp_path):
 
 
 def test_a_record_that_lacks_something_is_named(printed, tmp_path):
+    half = gzip.compress(b'{"question": "one"}\n')[:-9]
+    (tmp_path / "half.jsonl.gz").write_bytes(half)
+    assert "half.jsonl.gz: ends in the middle" in printed("--maths", tmp_path / "half.jsonl.gz", mistake=True)
     (tmp_path / "maths.jsonl").write_text('\n{"question": "one"}\n\n{"prompt": "two"}\n')
     said = printed("--maths", tmp_path / "maths.jsonl", mistake=True)
     assert "maths.jsonl, line 4: needs `question`" in said

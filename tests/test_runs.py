@@ -331,8 +331,26 @@ def test_presets_are_the_papers_and_options_override_them(monkeypatch):
     assert [seen[name] for name in names] == [1e-5, 7, 256, 2048, 500, True]
 
 
-def test_a_model_that_is_there_is_never_trained_over(tmp_path):
+def test_what_is_there_is_never_trained_over(again, tmp_path):
     folder = shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path / "model")
     before = (folder / "model.safetensors").read_bytes()
-    refused(run(tmp_path, model=folder, out=folder), "holds a model that no run has made here")
+    refused(run(tmp_path, model=folder, out=folder), "holds a model or metrics that no run has made here")
     assert (folder / "model.safetensors").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    refused(run(tmp_path, out=tmp_path / "mine"), "holds a model or metrics that no run has made here")
+    shutil.rmtree(tmp_path / "out" / "checkpoints")  # the README says that they may go
+    refused(again(seed=1), "holds a run with seed 0, not 1")
+
+
+def test_a_copy_of_a_checkpoint_is_none(again, tmp_path):
+    saved = tmp_path / "out" / "checkpoints"
+    shutil.copytree(saved / "step-0000002", saved / "step-0000002.bak")
+    assert again(steps=4, keep=2).exit_code == 0
+    names = ["step-0000002.bak", "step-0000003", "step-0000004"]
+    assert sorted(path.name for path in saved.iterdir()) == names
+
+
+def test_data_that_can_be_read_only_once_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(run(tmp_path, data=tmp_path / "pipe"), "pipe: is no file, and is read more than once")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import MASK, Tokenizer, write_tensors
 from commands.console import say
-from commands.prompts import encode_prompt
+from commands.prompts import encode_prompt, tools_of
 from fastdllm import Config, InputError, require, round_up
 
 # --- Records ---
@@ -56,7 +56,7 @@ def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[boo
     none of `FORMATS`, for two of them in one record, and for known keys that this format does not read.
     """
     require(isinstance(record, dict), "it is no JSON object")
-    if "token_ids" in record:  # an answer that `cli.py generate --output` wrote, token by token
+    if record.get("token_ids") is not None:  # an answer that `cli.py generate --output` wrote, token by token
         prompt, answer = encode_prompt(record, tokenizer), record["token_ids"]
         require(isinstance(answer, list), "its token_ids are no list")
         return prompt + answer, [False] * len(prompt) + [True] * len(answer)
@@ -99,7 +99,7 @@ def messages_of(record: dict, asked: str, answered: str | None = None) -> list[d
         messages = [turn | {"role": role_of(turn), "content": turn.get("value")} for turn in messages]
     if answered:
         messages = [message | {"train": False} for message in messages] + listed(answered, "assistant")
-    if record.get("system") is not None:
+    if record.get("system"):
         twice = messages[:1] and messages[0].get("role") == "system"
         require(not twice, "it has `system` beside messages that begin with a system message; remove one")
         messages = listed("system", "system") + messages
@@ -110,15 +110,6 @@ def messages_of(record: dict, asked: str, answered: str | None = None) -> list[d
         ok = isinstance(content, str) or content is None and role == "assistant"
         require(ok, f"the {role}'s content is no text")
     return messages
-
-
-def tools_of(record: dict) -> list | None:
-    """The tools of a chat; some data hold them as JSON in a text."""
-    tools = record.get("tools") or None
-    with suppress(ValueError):
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    require(tools is None or isinstance(tools, list), "its tools are no list")
-    return tools
 
 
 def is_trained(message: dict) -> bool:

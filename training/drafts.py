@@ -314,7 +314,8 @@ class Drafts:
 @click.command(cls=Command, short_help="Teach a model to draft for --verify.")
 @run_options(Drafting)
 @steps("--anchors", default=Drafting.anchors, help="Groups of masks in a row.")
-@steps("--width", default=Drafting.width, help="Masks of a group: the longest draft.")
+@steps("--width", type=int, show_default=f"{Drafting.width}, or the --adapter's",
+       help="Masks of a group: the longest draft.")  # fmt: skip
 @steps("--rank", type=int, show_default=f"{Drafting.rank}, or the --adapter's",
        help="Rank of the adapter's products: its size, and how much it can learn.")  # fmt: skip
 @machine("--cache-gb", default=Drafting.cache_gb,
@@ -341,9 +342,9 @@ def draft(folder, data, heldout, out, broken, adapter, dtype, device, threads, *
         if model.weight.is_cuda:
             avoid_cudnn_attention()
         if adapter:
-            load_adapter(model, adapter)
-            adapter_of(model).draft_width = settings.width
-            settings = replace(settings, rank=adapter_of(model).r)
+            known = adapter_of(load_adapter(model, adapter))
+            known.draft_width = given["width"] or known.draft_width or settings.width
+            settings = replace(settings, rank=known.r, width=known.draft_width)
         else:
             tokenizer, model.config = with_mask_token(tokenizer, model.config)
             new_adapter(model, settings.rank, settings.width, settings.seed)
@@ -357,6 +358,7 @@ def draft(folder, data, heldout, out, broken, adapter, dtype, device, threads, *
             require(longest <= room, too_long)
         metrics = runs.run(Drafts(model, corpus, unseen, settings), out)
         if rank() == 0:
-            save_adapter(model, out, folder, base_digest(model), metrics.get("heldout_kept"))
+            digest = None if model.weight.dtype == torch.float16 else base_digest(model)
+            save_adapter(model, out, folder, digest, metrics.get("heldout_kept"))
             line = shlex.join(["--model", folder, "--adapter", str(out), "--verify", "--compare"])
             click.echo(f"The adapter is in {out}; try it: python cli.py generate {line}", err=True)

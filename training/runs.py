@@ -253,7 +253,8 @@ STATE, CHECKSUM = "state.safetensors", "state.sha256"
 
 def checkpoints(out: Path) -> list[Path]:
     """Finished ones, the oldest first."""
-    return sorted((out / "checkpoints").glob("step-*"))
+    found = (out / "checkpoints").glob("step-*")
+    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
 def open_data(
@@ -265,13 +266,18 @@ def open_data(
     model as it begins. Raises InputError for a folder with another run, and for data that cannot be used.
     """
     digest, mask = base_digest(model), model.config.mask_token_id
+    for source in filter(None, (data, heldout)):
+        require(source.is_file(), f"{source}: is no file, and is read more than once; save it as one.")
 
     def prepare():
         file, now = out / "run.json", {"content": file_hash(data), "base_digest": digest} | run
-        results = (out / name for name in ("config.json", "adapter_config.json"))
-        foreign = any(result.exists() for result in results) and not file.exists()
-        require(not foreign, f"{out}: holds a model that no run has made here; take another --out.")
-        known = read_json(file) if checkpoints(out) and file.exists() else {}
+        results = [out / name for name in ("config.json", "adapter_config.json", "metrics.jsonl")]
+        there = checkpoints(out) or any(result.exists() for result in results)
+        require(
+            file.exists() or not there,
+            f"{out}: holds a model or metrics that no run has made here; take another --out.",
+        )
+        known = read_json(file) if there else {}
         files = {"content": "other data", "base_digest": "another model"}
         for name, value in known.items():
             differs = f"{name} {value}, not {now.get(name)}"
@@ -427,4 +433,4 @@ def run(job: Job, out: Path) -> dict:
             bar.set_postfix(shown, refresh=False)
             if (step + 1) % settings.saves_every == 0 or last:
                 save_checkpoint(out, job, step + 1)
-    return record
+    return record | job.evaluate() if complete else record  # the held-out data may be new
