@@ -261,9 +261,7 @@ def evaluate(problems, count, instruction, paper_prompt, target, as_json, **give
 
     decoding = console.take_decoding(given)
     require(console.PROCESSES == 1 or target, "Several processes need --output FILE to write to.")
-    require(
-        console.PROCESSES == 1 or problems != "-", "Several processes need a file of PROBLEMS, not stdin."
-    )
+    require(console.PROCESSES == 1 or problems != "-", "Several processes need PROBLEMS in a file.")
     console.require_writable("--output", target)
     instruction += f"\n{PAPER_PROMPT}" * paper_prompt
     problems = read_problems(problems and read_jsonl(problems), count, instruction)

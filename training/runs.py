@@ -273,10 +273,8 @@ def open_data(
         file, now = out / "run.json", {"content": file_hash(data), "base_digest": digest} | run
         results = [out / name for name in ("config.json", "adapter_config.json", "metrics.jsonl")]
         there = checkpoints(out) or any(result.exists() for result in results)
-        require(
-            file.exists() or not there,
-            f"{out}: holds a model or metrics that no run has made here; take another --out.",
-        )
+        foreign = f"{out}: holds a model or metrics that no run has made here; take another --out."
+        require(file.exists() or not there, foreign)
         known = read_json(file) if there else {}
         files = {"content": "other data", "base_digest": "another model"}
         for name, value in known.items():
