@@ -341,6 +341,8 @@ def test_what_is_there_is_never_trained_over(again, tmp_path):
     refused(run(tmp_path, out=tmp_path / "mine"), "holds a model or metrics that no run has made here")
     shutil.rmtree(tmp_path / "out" / "checkpoints")  # the README says that they may go
     refused(again(seed=1), "holds a run with seed 0, not 1")
+    (tmp_path / "out" / "config.json").unlink()  # now nothing is left that was worth the time
+    assert again(seed=1).exit_code == 0
 
 
 def test_a_copy_of_a_checkpoint_is_none(again, tmp_path):

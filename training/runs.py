@@ -271,11 +271,11 @@ def open_data(
 
     def prepare():
         file, now = out / "run.json", {"content": file_hash(data), "base_digest": digest} | run
-        results = [out / name for name in ("config.json", "adapter_config.json", "metrics.jsonl")]
-        there = checkpoints(out) or any(result.exists() for result in results)
+        results = (out / name for name in ("config.json", "adapter_config.json"))
+        worth = checkpoints(out) or any(result.exists() for result in results)
         foreign = f"{out}: holds a model or metrics that no run has made here; take another --out."
-        require(file.exists() or not there, foreign)
-        known = read_json(file) if there else {}
+        require(file.exists() or not worth and not (out / "metrics.jsonl").exists(), foreign)
+        known = read_json(file) if worth else {}
         files = {"content": "other data", "base_digest": "another model"}
         for name, value in known.items():
             differs = f"{name} {value}, not {now.get(name)}"
