@@ -1,7 +1,8 @@
 """What changes speed and never the method: prepacked weights for CPUs, recorded passes for CUDA.
 
     model = prepack(load(folder)[0])                           # CPUs: weights in oneDNN's order
-    generate(model, prompts, decoding, RecordedPasses(model))  # CUDA: a pass is one launch
+    recorded = RecordedPasses(model)                           # CUDA: a pass is one launch; made once
+    generate(model, prompts, decoding, recorded)
 
 `fastdllm.py` never imports this file. Shapes as there.
 """
@@ -46,9 +47,9 @@ def prepack(model: Qwen2) -> Qwen2:
     """The model, in place, ready to decode faster on a CPU: its linear layers as `PrepackedLinear`.
 
     A tied head takes memory of its own, since the embedding keeps the plain order. The model can no longer be
-    trained, saved, copied, moved, or run under autocast. In float32 sums run in another order; in bfloat16
-    every product that was compared was the same to the bit. Where oneDNN or the dtype is missing, or on
-    another device, the model comes back unchanged.
+    trained, saved, copied, moved, or run under autocast. In float32 sums run in another order than in the
+    plain layer; in bfloat16 every product that was compared had the plain layer's bits. Where oneDNN or the
+    dtype is missing, or on another device, the model comes back unchanged.
     """
     if model.weight.device.type != "cpu":
         return model
@@ -125,7 +126,8 @@ class RecordedPasses:
         there = tuple(self.cache.k.shape[1:3]) if self.cache else (0, 0)
         both = tuple(map(max, wanted, there))
         if both != there:
-            # room for both, or they would drop each other's graphs; but at most twice the larger one
+            # room for this call and earlier ones, so that calls in turn keep their graphs; but at most twice
+            # the larger
             far_more = math.prod(both) > 2 * max(math.prod(wanted), math.prod(there))
             size = wanted if far_more else both
             self.passes = {}
@@ -164,8 +166,9 @@ class RecordedPasses:
         spare, pad = self.cache.k.shape[1] - 1, B - len(places)
         in_order, seen = places == list(range(B)), self.slots_for(seen)
         sees = torch.cat([sees.flatten(), torch.tensor(PADDING * (pad * T), dtype=torch.long)])
-        numbers = [*starts, *[0] * pad, *places, *[spare] * pad, *outputs, *[0] * (N - len(outputs))]
-        numbers = torch.cat([F.pad(tokens.flatten(), (0, pad * T)), sees, torch.tensor(numbers)])
+        rest = [*starts, *[0] * pad, *places, *[spare] * pad, *outputs, *[0] * (N - len(outputs))]
+        # in the order in which `prepare` splits them
+        numbers = torch.cat([F.pad(tokens.flatten(), (0, pad * T)), sees, torch.tensor(rest)])
         if decoding.temperature:
             draws = F.pad(draws, (0, N - len(draws)))
         shape = B, T, N, seen, in_order
@@ -201,7 +204,8 @@ class RecordedPasses:
     def capture(self, run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         """Record `run` as a CUDA graph; the replay returns the same output tensor each time, filled anew.
 
-        A process may record one graph at a time. "thread_local" lets other threads allocate memory meanwhile.
+        CUDA lets a process record one graph at a time, so threads must not record together. "thread_local"
+        lets other threads allocate memory meanwhile.
         """
         with torch.cuda.device(device):
             self.stream = self.stream or torch.cuda.Stream()

@@ -23,7 +23,6 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ def round_up(n: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """Shape and special ids of a checkpoint, under the names of its `config.json` where it has them."""
+    """Shape and special ids of a checkpoint, named as in its `config.json` where no comment says another."""
 
     vocab_size: int  # rows of the embedding; the tokenizer may use fewer
     hidden_size: int
@@ -124,8 +123,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 
 # --- Cache ---
 
-# Passes read the cache in multiples of so many slots. Hidden slots add exact zeros, so a token's sums run in
-# the same order however many slots are read: it gets the same bits in wide and narrow windows.
+# Passes read the cache in multiples of so many slots. A hidden slot adds exactly 0, so attention's sums do
+# not depend on how many whole multiples are read. (Other products may still round by a pass's width.)
 KEY_STEP = 64
 
 
@@ -367,8 +366,10 @@ def accept(confidence: list[float], threshold: float, prefix: bool = False) -> l
     is above the threshold.
     """
     if prefix:
-        ends = (i for i, c in enumerate(confidence) if i > 0 and c <= threshold)
-        return list(range(next(ends, len(confidence))))
+        kept = 1
+        while kept < len(confidence) and confidence[kept] > threshold:
+            kept += 1
+        return list(range(kept))
     best = confidence.index(max(confidence))
     return [i for i, c in enumerate(confidence) if c > threshold or i == best]
 
@@ -378,7 +379,7 @@ def accept(confidence: list[float], threshold: float, prefix: bool = False) -> l
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode; None is the checkpoint's or the paper's value.
+    """How to decode; beside each option stands what None means.
 
     Raises InputError for values that cannot work.
     """
@@ -391,7 +392,7 @@ class Decoding:
     temperature: float = 0.0  # 0: the most probable token, else sample
     top_p: float = 1.0  # nucleus of the sampling
     stop_token_ids: Sequence[int] | None = None  # None: the checkpoint's; (): none
-    seed: int | None = None  # makes sampling repeatable; all prompts draw by the same numbers
+    seed: int | None = None  # all prompts draw by the same numbers; None: others each time
     accept: str = "threshold"  # keep all guesses above the threshold, or only a "prefix" of them
     batch_size: int = 16  # prompts decoded at the same time
     top_k: int | None = None  # sample from so many tokens only; None: from all
@@ -466,7 +467,10 @@ class Decoding:
 
 
 def rounds_by_width(model: Qwen2) -> bool:
-    """Whether a token's last bits depend on how many tokens share its pass: bfloat16 on a CPU."""
+    """Whether a pass must stay narrow for a token to keep its last bits: in bfloat16 on a CPU.
+
+    Float32 rounds by width as well, but by too little to have changed a token in any test.
+    """
     return model.weight.device.type == "cpu" and model.weight.dtype == torch.bfloat16
 
 
@@ -494,7 +498,7 @@ class Step:
     draws: Tensor  # a uniform number for each of them, at temperatures above 0
     committed: int  # once this step has run, keys and values before this position are final
     prompt: int = 0  # the prompt's index
-    width: int = 0  # tokens that the window counts as; windows of equal width may share a pass
+    width: int = 0  # steps of equal width may share a pass; at least len(tokens)
     revealed: list[Guess] = field(default_factory=list)  # guesses that were kept
     final: list[int] = field(default_factory=list)  # new tokens that no mask precedes any more, in order
     finish_reason: str | None = None  # in a row's last step: "stop" or "length"
@@ -542,11 +546,11 @@ class Row:
         self.tokens += [self.mask] * (block + size - len(self.tokens))
         start = 0 if cache == "none" else self.committed
 
-        # 1. Commit finished blocks: they run once more without masks, and the cache keeps what that pass
-        # wrote. For the prompt's blocks this pass is the prefill, and a long one runs in pieces. Where the
-        # block in work has no token yet, the last output predicts its first one. So where a prompt ends on a
-        # block boundary, the prefill's last output guesses the next block's first token. With block size 1
-        # each token is a finished block, so after the prefill all passes are commits: that is AR.
+        # 1. Commit finished blocks: they run without masks, and the cache keeps what that pass wrote. For the
+        # prompt's blocks this is the prefill, and a long one runs in pieces; a block of the answer runs once
+        # more. Where the block in work has no token yet, the last output predicts its first one: so does the
+        # prefill of a prompt that ends on a block boundary. With block size 1 each token is a finished block,
+        # so after the prefill all passes are commits: that is AR.
         if self.committed < block:
             stop = block if cache == "none" else min(block, self.committed + round_up(PIECE, size))
             kind = "prefill" if stop <= self.prompt_length else "commit"
@@ -558,8 +562,8 @@ class Row:
 
         # 3. DualCache runs the sub-block alone; the rest of its block is read from the cache, as the last
         # refresh wrote it. Position low is guessed from the output at low - 1, outside of that window. So low
-        # must be known already, and all of the block's slots written; else the whole block runs. Cache
-        # block runs the whole block in every pass, and cache none all from position 0.
+        # must be known already, and all of the block's slots written; else the whole block runs. With cache
+        # "block" every pass runs the whole block, and with "none" everything from position 0.
         if self.block_filled and self.tokens[low] != self.mask:
             return self.plan("sub", low, low + sub, masked, self.committed)
         kind = "refresh" if cache == "dual" else "full"
@@ -602,8 +606,11 @@ class Row:
 
         The answer ends early at a stop token, as soon as no mask precedes it.
         """
-        for kept in step.revealed:  # replaces a mask; a verified row has none, and appends
-            self.tokens[kept.position : kept.position + 1] = [kept.token]
+        for kept in step.revealed:
+            if kept.position == len(self.tokens):  # in a verified row, which holds no masks
+                self.tokens.append(kept.token)
+            else:
+                self.tokens[kept.position] = kept.token
         for token in self.tokens[self.settled : self.limit]:
             if token == self.mask:
                 break
@@ -667,8 +674,9 @@ def decode(
     decoding = decoding.resolve(model)
     prompts = [check_prompt(prompt, decoding, model.config) for prompt in prompts]
     require(cache is None or len(prompts) == 1, f"A cache is for one prompt, not {len(prompts)}.")
-    blocks = range(0, cache.k.shape[2] + 1 if cache else 1, decoding.block_size)
-    require(cached in blocks, f"cached is {cached}, it must be whole blocks that the cache holds.")
+    room = cache.k.shape[2] if cache else 0
+    whole = 0 <= cached <= room and cached % decoding.block_size == 0
+    require(whole, f"cached is {cached}, it must be whole blocks that the cache holds.")
     require(not (cache and recorded), "Recorded passes have a cache of their own; leave the other one out.")
     return decode_rows(model, prompts, decoding, recorded, cache, cached)
 
@@ -732,7 +740,7 @@ def decode_rows(
 
 
 def shared_shape(step: Step) -> tuple[bool, int, int]:
-    """Steps of equal shape can run as one pass: of prefills those that start together and nearly end so."""
+    """Steps of equal shape can run as one pass; for prefills a length counts as the next multiple of 64."""
     if step.kind == "prefill":
         return True, step.start, round_up(step.width, 64)
     return False, 0, step.width
@@ -743,8 +751,8 @@ def run_steps(
 ) -> list[list[tuple[int, float]]]:
     """Run steps of one `shared_shape` as one forward pass; step i belongs to row `places[i]` of the cache.
 
-    Returns the guesses (token, confidence) of each step. Only prefills and verifications are padded, on the
-    right: in their windows no token sees a slot behind the window's end, so none sees the padding.
+    Returns the guesses (token, confidence) of each step. Only prefills and the passes of verified rows are
+    padded, on the right: there no token sees a slot behind its own window's end, so none sees the padding.
     """
     width = max(len(step.tokens) for step in steps)
     pad = lambda values, value: [*values, *[value] * (width - len(values))]
@@ -798,9 +806,11 @@ def best_guesses(model: Qwen2, hidden: Tensor, draws: Tensor, decoding: Decoding
         logits[:, mask_id] = -torch.inf  # a mask is no guess
     # on a CPU a few rows at a time: what is read several times then stays in a core's cache
     rows = max(1, 2**18 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    parts = zip(logits.split(rows), draws.split(rows) if len(draws) else repeat(draws))
-    found = [guess(part[:, :size].float(), decoding, some) for part, some in parts]
-    return torch.cat([torch.stack([tokens.float(), confidence], dim=1) for tokens, confidence in found])
+    parts = []
+    for i in range(0, len(logits), rows):  # draws are empty at temperature 0
+        found = guess(logits[i : i + rows, :size].float(), decoding, draws[i : i + rows])
+        parts.append(torch.stack([found[0].float(), found[1]], dim=1))
+    return torch.cat(parts)
 
 
 @dataclass

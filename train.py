@@ -55,7 +55,7 @@ def complementary_noise(
 ) -> Tensor:
     """The trainable positions (B, L) that view 1 hides; view 2 hides the rest.
 
-    So each is predicted once, but for the first of a document, which nothing predicts.
+    So each is a target once; a document's first position never is, since nothing predicts it.
 
     Per block t ~ U[0, 1), and a position is masked with probability 0.999 t + 0.001.
     """
@@ -123,14 +123,13 @@ def training_attention(
         mask = training_mask(length, block_size, views, documents, device).view(-1, side, side)
         bias = lambda q, k: attention_bias(mask, q.shape[1] // k.shape[1], q.dtype)
         return lambda layer, q, k, v: grouped_attention(q, k, v, bias(q, k))
-    # piece: positions of one product. With views it is the block. Without views any size works, and 32 are
-    # fast; then a mask says what is seen inside of a piece.
-    piece = block_size if views else 32
-    piece = piece if length % piece == 0 else length
+    chunk = block_size if views else 32  # positions of one product; without views any size works, 32 is fast
+    if length % chunk:
+        chunk = length
     mask = None
-    if documents is not None or piece != block_size:
+    if documents is not None or chunk != block_size:  # then inside a chunk not all is seen
         mask = training_mask(length, block_size, 0, documents, device).view(-1, length, length)
-    return lambda layer, *qkv: blockwise_attention(*qkv, mask, length, piece, views)
+    return lambda layer, *qkv: blockwise_attention(*qkv, mask, length, chunk, views)
 
 
 # --- Loss ---
@@ -170,9 +169,9 @@ def training_loss(
     attend = training_attention(attention, L, size, views.shape[1], seen, model.weight.device)
     hidden = model(move(inputs.flatten(1)), move(positions), attend)  # (B, T, D)
 
-    # Token shift: the output at position i predicts the token at i + 1, where that is masked. Also for a
-    # block's first token: its output lies in the noisy block before it, though in decoding that block is
-    # finished. So it is in the authors' training.
+    # Token shift: the output at position i predicts the token at i + 1, where that is masked. A block's first
+    # token, too, is predicted by the noisy block before it, as in the authors' training; in decoding that
+    # block is finished.
     targets = views & targets_of(trainable, documents)[:, None]  # (B, V, L), no document's first position
     row, view, position = targets.nonzero(as_tuple=True)
     outputs, wanted = view * L + position - 1, tokens[row, position]
@@ -336,7 +335,7 @@ class Adaptation:
         matrices = [p for p in self.trained.values() if p.dim() == 2]
         others = [p for p in self.trained.values() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others}]
-        if heldout is not None:  # as many for each process
+        if heldout is not None:  # rounded up, so that each process has as many
             self.heldout_rows = list(islice(self.rows(heldout=True), round_up(settings.eval_rows, processes)))
         betas = 0.9, 0.95  # as is usual for language models
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=0.0, fused=True)
@@ -410,9 +409,9 @@ def initial_model(folder: str, from_scratch: bool, device: str, seed: int) -> tu
 
 
 def adapted(tokenizer: Tokenizer, config: Config, block_size: int | None = None) -> tuple[Tokenizer, Config]:
-    """Those of the adapted model: with a mask token, and with the block size that was asked for.
+    """The adapted model's tokenizer and config: with a mask token, and with `block_size`.
 
-    It defaults to the checkpoint's, and to the paper's 32 for an AR model.
+    None: the checkpoint's, or the paper's 32 for an AR model.
     """
     least = f"--block-size is {block_size}, it must be at least 2; `train.py ar` trains AR models."
     require(block_size is None or block_size > 1, least)
@@ -455,9 +454,11 @@ def show(corpus: Corpus, tokenizer: Tokenizer, config: Config, settings: Trainin
     padding = lambda found: f" [padding x {len(found[0]) // len(mask)}]"
     legible = lambda words: re.sub(f"({re.escape(mask)})+", padding, "".join(words))
     yield "\nclean; what trains stands in [[ ]]:"
-    spans = groupby(zip(trainable[0].tolist(), text), key=itemgetter(0))
-    parts = ((trains, "".join(word for _, word in span)) for trains, span in spans)
-    yield legible(f"[[{words}]]" if trains else words for trains, words in parts)
+    parts = []
+    for trains, span in groupby(zip(trainable[0].tolist(), text), key=itemgetter(0)):
+        words = "".join(word for _, word in span)
+        parts.append(f"[[{words}]]" if trains else words)
+    yield legible(parts)
     named = {f"view {i}": view for i, view in enumerate(views, 1)}
     blank = lambda word: " " * word.startswith(" ") + "_" * max(1, len(word.strip()))
     for name, masked in named.items():

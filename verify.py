@@ -58,7 +58,7 @@ class Verified(Decoding):
     Raises InputError for options of block diffusion, which have no meaning here.
     """
 
-    # masks of a draft; None: the adapter's, else half a block but at most 16, ahead an eighth but at most 4
+    # masks of a draft; None: the adapter's, else min(16, block / 2), with draft_ahead min(4, block / 8)
     draft_width: int | None = None
     draft_ahead: bool = False  # draft in verify passes too: fewer passes, but wider ones
 
@@ -121,9 +121,8 @@ class Verified(Decoding):
         return width
 
     def most_rows(self, model: Qwen2, step: Step) -> int | None:
-        """As many as leave a token's bits as if it ran alone: in bfloat16 on a CPU 32 tokens, or one row.
-
-        That holds for prepacked weights, see `fast.prepack`.
+        """Rows that can share a pass without changing a token's bits; in bfloat16 on a CPU so many as have 32
+        tokens together, at least one. That holds for prepacked weights, see `fast.prepack`.
         """
         if step.kind != "prefill" and rounds_by_width(model):
             return max(1, SAME_BITS // step.width)
@@ -176,17 +175,19 @@ class VerifiedRow(Row):
     def take(self, step: Step, guesses: list[tuple[int, float]]) -> None:
         """Keep AR's prediction, and before it the drafts that AR predicts too; note what is drafted next."""
         found = [Guess(position, *guess) for position, guess in zip(step.positions, guesses)]
-        agree = [draft.token == guess.token for draft, guess in zip(self.drafts, found)]
-        kept = [*agree, False].index(False)  # a draft pass has none to compare
+        kept = 0  # a draft pass has none to compare
+        while kept < len(self.drafts) and self.drafts[kept].token == found[kept].token:
+            kept += 1
         step.revealed = found[: kept + 1]
         # the window's first token and the kept drafts have final keys now; the newest token has not run yet
         step.committed += kept
         self.committed = step.committed
-        # `found` has an output for each causal token, then those of a group of masks for each of them; group
-        # `kept` drafts what follows if so many drafts are kept
-        causal = len(agree) + 1
+        # `found`: the guesses of the causal tokens, then of each causal token's group of masks. The causal
+        # token of index `kept` is the last one kept, so its group drafts what follows.
+        causal = len(self.drafts) + 1
         masks = step.tokens.count(self.mask) // causal
-        self.drafts = found[causal + masks * kept :][:masks]
+        group = causal + masks * kept
+        self.drafts = found[group : group + masks]
         self.advance(step)
 
     def draw(self, positions: list[int]) -> Tensor:
@@ -194,7 +195,7 @@ class VerifiedRow(Row):
         if not self.decoding.temperature or not positions:
             return torch.empty(0)
         while len(self.ar_draws) <= max(positions) - self.prompt_length:
-            self.ar_draws += super().draw([len(self.ar_draws)]).tolist()
+            self.ar_draws += super().draw([0]).tolist()  # one at a time, as AR draws them
         draws = [self.ar_draws[i - self.prompt_length] for i in positions]
         return torch.tensor(draws, dtype=torch.float32)
 
@@ -202,14 +203,14 @@ class VerifiedRow(Row):
 def draft_window(start: int, causal: int, masks: int) -> list[Sees]:
     """What each token of a window sees: `causal` tokens, then for each of them a group of `masks` masks.
 
-    A causal token sees what AR sees. A mask sees the causal tokens up to its own one, and its group, whose
-    slots come after the causal tokens and the groups before it; the gap hides what lies between. A mask may
+    A causal token sees what AR sees. The masks of causal token i see the tokens up to i, and each other.
+    Their slots come after all causal tokens and earlier groups; the gap hides what lies between. A mask may
     have the position of a draft, but never its slot. With the last known token, one draft and groups of 2:
 
-        window       known  draft   mask   mask    mask   mask
-        slot           p     p+1    p+2    p+3     p+4    p+5
-        position       p     p+1    p+1    p+2     p+2    p+3
-        sees         ..known ..draft  ..known, group   ..draft, group
+        window       known  draft  mask       mask       mask         mask
+        slot         p      p+1    p+2        p+3        p+4          p+5
+        position     p      p+1    p+1        p+2        p+2          p+3
+        sees slots   ..p    ..p+1  ..p, p+2, p+3         ..p+1, p+4, p+5
     """
     sees = [Sees(start + i, start + i + 1) for i in range(causal)]
     for i in range(causal):
@@ -300,9 +301,9 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Adapter:
-    """What the adapted layers of a model share: where the adapter is on. The weights are in the layers.
+    """What the adapted layers of a model share: where the adapter is on now. The layers have the weights.
 
-    So threads that decode at the same time need a model each.
+    Threads that decode at the same time need a model each, since this is one state for all of its passes.
     """
 
     def __init__(self, r: int, alpha: float, draft_width: int | None):
@@ -372,7 +373,7 @@ def target_layers(model: Qwen2) -> dict[str, nn.Linear]:
 
 
 def add_adapter(model: Qwen2, r: int, alpha: float, draft_width: int | None = None) -> Adapter:
-    """Wrap every linear layer but the head, and the embedding, in an adapter that starts as zeros, in place.
+    """Wrap the embedding, and every linear layer but the head, in an adapter that starts as zeros, in place.
 
     `load_adapter` or training fills it.
 

@@ -39,8 +39,9 @@ RANK, PROCESSES = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1
 
 # --- Mistakes ---
 
-OneSentence = click.UsageError  # a user's mistake: exit status 2, and on stderr one sentence,
-OneSentence.show = click.ClickException.show  # without click's three lines before it
+# A user's mistake: exit status 2, and one sentence on stderr. click would print its usage before it.
+OneSentence = click.UsageError
+OneSentence.show = click.ClickException.show
 
 
 def flag_of(field: str) -> str:
@@ -109,7 +110,7 @@ def require_writable(flag: str, path: Path | None, mark: str = "") -> None:
 
 
 def say(note: str) -> None:
-    """Print a note once, from the first process."""
+    """Print a note, from the first process only."""
     if RANK == 0:
         click.echo(f"Note: {note}", err=True)
 
@@ -298,7 +299,7 @@ def resolve(asked: Decoding, model: Qwen2) -> Decoding:
         price = "quality is not guaranteed" if size > 1 else "it changes nothing"
         say(f"the adapter learnt drafts only; without --verify {price}.")
     elif size not in (1, trained):
-        paper = "paper, 1.5B, GSM8K: 60.2 at 32, 59.7 at 16, 58.5 at 8, 56.8 at 4, 53.2 at 2"
+        paper = "paper, 1.5B, GSM8K: 60.2 at 32, 58.5 at 8, 53.2 at 2"
         say(f"the checkpoint was trained with block size {trained}; another one costs accuracy ({paper}).")
     if sub < min(8, size) and asked.sub_block_size is None:
         odd = f"block size {size} is no multiple of 8, so its sub-blocks have {counted(sub, 'token')}"

@@ -170,7 +170,7 @@ def report(result: Result, prompt: list[int], tokenizer: Tokenizer | None, secon
 
 
 def rates(results: list[Result], seconds: float | None = None) -> dict:
-    """Counts and rates of answers, without their prefills; tokens per second where the time is known."""
+    """Counts and rates of answers; prefills are left out of the passes, not of the seconds."""
     tokens, passes = sum(len(r.tokens) for r in results), sum(r.forward_passes for r in results)
     found = {"new_tokens": tokens, "forward_passes": passes, "tokens_per_forward": tokens / max(1, passes)}
     return found | ({"seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {})
@@ -237,8 +237,8 @@ def answer_all(
 
     header: all that the lines depend on. Each line of the file ends with `run`, a digest of it, so that the
     same command finds that the file is complete. Raises InputError for a file that holds anything else.
-    Returns the lines, fewer after Ctrl-C, and the seconds, None where an earlier run had begun. Of several
-    processes only the first one returns.
+    Returns the lines and the seconds, None where an earlier run had begun. After Ctrl-C there are fewer
+    lines, or with `target` the program ends. Of several processes only the first one returns.
     """
     began, lines, results = time.perf_counter(), [], {}
     if target is None:
@@ -257,13 +257,15 @@ def answer_all(
     complete = len(there) == len(prompts) and all(line.endswith(end) for line in there)
     other = f"{target}: holds something else than the answers of this command"
     require(complete or not there, f"{other}; remove it, or name another --output.")
-    went_on = complete or answer_share(model, prompts, decoding, recorded, target, header)
+    if not complete:
+        went_on = answer_share(model, prompts, decoding, recorded, target, header)
     if console.RANK > 0:
         sys.exit()
     if complete:
         console.say(f"{target} is complete: it holds {console.counted(len(prompts), 'answer')}.")
         return [json.loads(line) for line in there], None
-    while len(results := read_parts(target, header)) < len(prompts):  # a process that dies ends this one
+    # the other processes go on; if one dies, torchrun ends this one
+    while len(results := read_parts(target, header)) < len(prompts):
         time.sleep(0.5)
     # `run` comes last, also where a request has a field of this name
     without = lambda line: {name: value for name, value in line.items() if name != "run"}

@@ -39,8 +39,8 @@ def blockwise_attention(
     """Training's mask applied block by block, so that few queries meet a key that they cannot see.
 
     q (B, H, T, d), k and v (B, K, T, d). mask (B or 1, L, L): what the clean copy sees of itself; a noisy
-    query sees the same, but its own block in its own view. None: blocks alone decide. With n blocks this is
-    about (n + 1) / (2 n) / (V + 1) of the dense mask's work.
+    query sees the same, with its own block taken from its own view. None: blocks alone decide. With n blocks
+    this is about (n + 1) / (2 n (V + 1)) of the dense mask's work.
     """
     into_rows = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)
     # (B * V, heads, L, d)

@@ -126,10 +126,10 @@ def chat_document(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation through its last answer, and which are trainable: answers and their ends.
 
-    An answer begins where the conversation before it ends, rendered with the generation prompt; it ends where
-    the conversation with it ends. The text is cut there before it is encoded: so a prompt has the ids that
-    decoding will see, also where letters across the cut would make one token. Raises InputError for an answer
-    that is empty, and for parts of it that the template leaves out.
+    An answer spans from the end of the conversation before it, rendered with the generation prompt, to its
+    own end. The text is cut at both ends and then encoded: so a prompt has the ids that decoding will see,
+    also where letters across a cut would make one token. Raises InputError for an answer that is empty, and
+    for parts of it that the template leaves out.
     """
     trained = [is_trained(message) for message in messages]
     messages = [{k: v for k, v in message.items() if k not in ("weight", "train")} for message in messages]
@@ -144,8 +144,8 @@ def chat_document(
         parts = [part for part in PARTS if message.get(part)]
         require(parts, "an answer is empty")
         for part in parts:
-            less = message | {"content": message.get("content") or "", part: None}
-            less["content"] = less["content"] or ""  # a template may refuse to write a null
+            less = message | {part: None}
+            less["content"] = less.get("content") or ""  # a template may refuse to write a null
             require(render([*messages[:i], less]) != text, f"{left_out} the `{part}` of an answer")
         texts.append(text)
         if trained[i]:
@@ -172,7 +172,7 @@ def chat_document(
 
 
 def parting(before: str, text: str, tokenizer: Tokenizer) -> int:
-    """Where a conversation's text leaves the text of the prompt `before`, not inside a token."""
+    """Where `text` first differs from the prompt `before`, moved back to where a token begins."""
     if text.startswith(before):
         return len(before)
     # the generation prompt opens what this answer does not have, such as <think>
@@ -306,11 +306,12 @@ Piece = tuple[int, int, int]  # (document, start, stop): its positions; those be
 def pack(
     lengths: np.ndarray, seq_len: int, block_size: int, packing: str, rng: np.random.Generator
 ) -> list[list[Piece]]:
-    """Each document once, padded to whole blocks, in rows of at most `seq_len` positions, in a random order.
+    """An epoch's rows of at most `seq_len` positions, in a random order.
 
-    "documents": each document goes into the fullest row that has room for it. Only a document longer than a
-    row is cut; each piece then counts as a document. "original": each document gets at least one position
-    of padding, all stand one behind the other, cut where a row ends; the last, incomplete row is dropped.
+    Documents are padded to whole blocks. "documents": each goes into the fullest row that has room for it.
+    Only a document longer than a row is cut; each piece then counts as a document. "original": each has at
+    least one position of padding, all stand one behind the other, cut where a row ends; the last, incomplete
+    row is dropped.
     """
     rows, order = [], rng.permutation(len(lengths)).tolist()
     if packing == "documents":
@@ -318,11 +319,13 @@ def pack(
         for document in order:
             for start in range(0, lengths[document], seq_len):
                 need = round_up(int(min(lengths[document] - start, seq_len)), block_size)
-                fitting = (free for free in range(need, seq_len, block_size) if room[free])
-                free = next(fitting, seq_len)  # positions; all of them: a new row
-                if free == seq_len:
-                    rows.append([])
-                row = rows[-1] if free == seq_len else room[free].pop()
+                # positions that are free in the fullest row that has room
+                free = next((n for n in range(need, seq_len, block_size) if room[n]), None)
+                if free is None:
+                    row, free = [], seq_len
+                    rows.append(row)
+                else:
+                    row = room[free].pop()
                 row.append((document, start, start + need))
                 room[free - need].append(row)
         return [rows[i] for i in rng.permutation(len(rows))]

@@ -1,9 +1,9 @@
 """Teach a frozen model to draft for `--verify`: an adapter that is on at masks only, see `verify.py`.
 
-A group is w masks at the positions a + 1 .. a + w after its anchor a. Each mask sees the known tokens up to a
-and all masks of its group. The output at a + j predicts the token at a + j + 1. The output at a comes
-without the adapter, so it needs no training. Known tokens see no mask, so one pass without gradients serves
-all groups of a document.
+An anchor a is the position of a known token; its group is w masks at a + 1 .. a + w. Each mask sees the known
+tokens up to a and all masks of its group. The output at a predicts the token at a + 1 without the adapter, as
+in AR, so targets begin at a + 2: the output at a + j predicts the token at a + j + 1. Known tokens see no
+mask, so one pass without gradients serves all groups of a document.
 
 Shapes: B rows, G groups of a row, w masks of a group, N tokens of a document, D hidden size, K key heads, d
 head size.
@@ -35,9 +35,8 @@ from verify import adapted_layers, adapter_of, add_adapter, base_digest, load_ad
 
 # --- Settings ---
 
-# Draft j is kept if the drafts 0 to j are all right. REACH is the share of a draft's weight that is what it
-# gains: all the kept drafts that depend on it. The rest is NEAR to the power of its distance, and teaches
-# drafts that have no chance to be kept yet.
+# Draft j is kept if the drafts 0 to j are all right. Its weight is REACH times what it gains (all the kept
+# drafts that need it), plus (1 - REACH) * NEAR ** j, which also teaches drafts that are not kept yet.
 REACH, NEAR = 0.7, 0.9
 OTHERS = 4096  # tokens absent from the data that each step samples as wrong answers
 
@@ -170,7 +169,7 @@ def draft_weights(chances: Tensor, reach: float = REACH, near: float = NEAR) -> 
     """Weights (..., w) of the drafts' cross entropies, from the chance of each draft to be right (..., w).
 
     A group keeps sum_j prod_{k <= j} p_k drafts on average. Its gradient is that of sum_i w_i log p_i with
-    w_i = sum_{j >= i} prod_{k <= j} p_k held fixed. `reach` is the share of w_i, the rest is near ** i.
+    w_i = sum_{j >= i} prod_{k <= j} p_k held fixed. The weights are reach * w_i + (1 - reach) * near ** i.
     """
     kept = chances.cumprod(-1)
     ahead = kept.flip(-1).cumsum(-1).flip(-1)
@@ -185,7 +184,7 @@ def draft_loss(
     others: Tensor,
     weigh: Callable = draft_weights,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of cross entropies, sum of weights, drafts kept among `ids` and `others`.
+    """Weighted sum of cross entropies, sum of weights, and how many drafts are kept.
 
     hidden (B, G, w, D), targets (B, G, w). The head runs over two sets of tokens. `ids` (sorted) holds all
     targets. `others` is a random sample of the remaining vocabulary; its logits are raised so that it stands
@@ -342,9 +341,9 @@ def draft(folder, data, heldout, out, broken, adapter, dtype, device, threads, *
         if model.weight.is_cuda:
             avoid_cudnn_attention()
         if adapter:
-            known = adapter_of(load_adapter(model, adapter))
-            known.draft_width = given["width"] or known.draft_width or settings.width
-            settings = replace(settings, rank=known.r, width=known.draft_width)
+            start = adapter_of(load_adapter(model, adapter))
+            start.draft_width = given["width"] or start.draft_width or settings.width
+            settings = replace(settings, rank=start.r, width=start.draft_width)
         else:
             tokenizer, model.config = with_mask_token(tokenizer, model.config)
             new_adapter(model, settings.rank, settings.width, settings.seed)

@@ -88,14 +88,15 @@ def run_options(settings: type[RunSettings]) -> Callable:
         steps("--steps", default=settings.steps, help="Steps of the optimiser."),
         steps("--batch-size", default=settings.batch_size, help="Rows per step, of all devices together."),
         steps("--lr", default=settings.lr, help="Peak learning rate of AdamW."),
-        steps("--warmup", default=settings.warmup, help="Steps in which the learning rate rises to it."),
-        steps("--clip", default=settings.clip, help="Gradients of a larger norm are scaled down to it."),
+        steps("--warmup", default=settings.warmup, help="Steps in which the learning rate rises to --lr."),
+        steps("--clip", default=settings.clip, help="The largest norm of gradients; larger ones are scaled."),
         steps("--seed", default=settings.seed, help="Of the data's order and of all that is drawn."),
         saving("--save-every", type=int, show_default="a tenth of --steps, at most 200",
                help="Steps between checkpoints: what a killed run computes again at most."),
         saving("--keep", default=settings.keep, help="Checkpoints that stay, the last ones."),
         saving("--eval-every", default=settings.eval_every, help="Steps between looks at --heldout."),
-        saving("--eval-rows", default=settings.eval_rows, help="Rows of --heldout per look."),
+        saving("--eval-rows", default=settings.eval_rows,
+               help="Rows (draft: documents) of --heldout per look."),
         machine("--device", default="auto", help="auto, cpu, cuda or mps."),
         threads(machine),
     )  # fmt: skip
@@ -161,9 +162,9 @@ def processes(device: str) -> Iterator[str]:
 
 @contextmanager
 def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
-    """This process's device, for the only run that writes to `out`. Raises InputError where there is one.
+    """Locks `out` and yields this process's device. Raises InputError where another run has the folder.
 
-    Ctrl-C says what the same command goes on from.
+    On Ctrl-C it prints what the same command would go on from.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -203,10 +204,10 @@ class Whole(nn.Module):
 
 
 def distribute(model: Qwen2, compute: torch.dtype, recompute: bool) -> Whole:
-    """Ready to train, with float32 weights; of several processes each has a share of them (FSDP2).
+    """A model to train. Its weights are kept in float32; several processes share them out (FSDP2).
 
-    Several processes have weights and activations in the `compute` dtype; one has float32 weights, and only
-    matrix products are in `compute`. With `recompute` only the layers' inputs are kept for the backward pass.
+    Several processes compute with weights cast to `compute`; a single one has autocast, which casts for
+    matrix products only. With `recompute` only the layers' inputs are kept for the backward pass.
     """
     whole, layers = Whole(model, compute), model.model.layers
     if recompute:
@@ -242,11 +243,11 @@ def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # --- Checkpoints ---
 # Why kill -9 loses nothing but time. A checkpoint is a folder with the weights and the optimiser's state in
-# one safetensors file, and that file's checksum. It gets its name when both are complete, so the newest
-# folder with a name is a whole checkpoint. A step depends only on the step before, the settings and its
-# number: the order of the rows, the noise and the rate follow from seed and number. So the same command goes
-# on from the last checkpoint. Up to --save-every steps are computed again, identically; on another number of
-# processes sums run in another order, so the last bits may differ.
+# one safetensors file, and that file's checksum. It is renamed from .step-N.tmp to step-N when both are
+# complete, so each step-N was whole; the checksum finds later damage. A step depends only on the state after
+# the last one, the settings and its number: its rows, noise and rate follow from seed and number. So the same
+# command goes on from the last checkpoint. Up to --save-every steps are computed again, identically; on
+# another number of processes sums run in another order, so the last bits may differ.
 
 STATE, CHECKSUM = "state.safetensors", "state.sha256"
 
@@ -372,14 +373,14 @@ def load_checkpoint(out: Path, job: "Job") -> int:
 
 
 class Job(Protocol):
-    """What `run` trains. A step depends on the settings, its rows and its number alone."""
+    """What `run` trains."""
 
     settings: RunSettings  # with a method learning_rate(step)
     trained: dict[str, Tensor]  # parameters by name
     optimizer: torch.optim.Optimizer
     row_tokens: int  # positions of a row
     rows: Callable  # () -> an iterator over rows of the data, without an end, in a seeded order
-    step: Callable  # (rows, number, progress) -> losses, with gradients left; progress(rows that have run)
+    step: Callable  # (rows, number, progress) -> losses, gradients in .grad; progress(rows that have run)
     evaluate: Callable  # () -> losses on held-out data, {} where there is none
 
 
@@ -394,15 +395,16 @@ def run(job: Job, out: Path) -> dict:
     require(done <= settings.steps, f"{out}: has done {done} steps, more than --steps {settings.steps}.")
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     lines = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
-    complete, record = done == settings.steps, json.loads(lines[-1]) if lines else {}
+    complete = done == settings.steps
+    record = json.loads(lines[-1]) if lines else {}
     if settings.warmup > settings.steps:
         say(f"--warmup {settings.warmup} is more than --steps {settings.steps}: the rate never reaches --lr.")
     if rank() == 0:
         begin = f"Resuming at step {done}." if done else "No checkpoint yet, starting at step 0."
         click.echo(f"All {done} steps are done already." if complete else begin, err=True)
         replace_file(log, partial(Path.write_bytes, data=b"".join(lines)))  # later steps run again
-    order, parameters = job.rows(), [*job.trained.values()]
-    next(islice(order, done * rows_each, done * rows_each), None)  # drops the rows of the steps already done
+    parameters = [*job.trained.values()]
+    order = islice(job.rows(), done * rows_each, None)  # without the rows of the steps already done
     size = {"total": settings.steps * rows_each, "initial": done * rows_each, "unit": "row"}
     with tqdm(**size, disable=rank() > 0 or complete) as bar:
         for step in range(done, settings.steps):
@@ -431,4 +433,6 @@ def run(job: Job, out: Path) -> dict:
             bar.set_postfix(shown, refresh=False)
             if (step + 1) % settings.saves_every == 0 or last:
                 save_checkpoint(out, job, step + 1)
-    return record | job.evaluate() if complete else record  # the held-out data may be new
+    if complete:
+        record |= job.evaluate()  # the held-out data may be new
+    return record
