@@ -277,9 +277,10 @@ def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None
     kept = lambda width: sum(min(n, width) * drafts for n, drafts in enumerate(counts)) / sum(counts)
     width, ahead = decoding.draft_width, min(AHEAD_WIDTH, decoding.draft_width)
     names = {field.name: getattr(decoding, field.name) for field in fields(Decoding)}
+    most = min(decoding.batch_size, SAME_BITS) if rounds_by_width(model) else decoding.batch_size
     # each way with its passes (known tokens, masks behind each), and the tokens that these write
     ways = [
-        (Decoding(**names).resolve(model), [(1, 0)], 1),
+        (replace(Decoding(**names).resolve(model), batch_size=most), [(1, 0)], 1),
         (decoding, [(1, width), (width + 1, 0)], 2 + kept(width)),
         (replace(decoding, draft_width=ahead, draft_ahead=True), [(ahead + 1, ahead)], 1 + kept(ahead)),
     ]

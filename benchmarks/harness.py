@@ -210,19 +210,16 @@ class HarnessModel(TemplateLM):
         self, prompts: list[list[int]], decoding: Decoding, until: list[str], silent: bool
     ) -> list[tuple[str, Result]]:
         """`write`, in this process alone, of token ids."""
-        results, ended = [Result() for _ in prompts], [False] * len(prompts)
+        results = [Result() for _ in prompts]
         with tqdm(total=len(prompts), unit="prompt", disable=silent or rank() > 0) as bar:
             for step in decode(self.model, prompts, decoding, recorded=self.recorded):
-                i = step.prompt
-                if ended[i]:
-                    continue
-                results[i].add(step)
+                result = results[step.prompt]
+                result.add(step)
                 if until and step.final and not step.finish_reason:
-                    tail = self.tokens.decode(results[i].tokens[-len(step.final) - 64 :])
+                    tail = self.tokens.decode(result.tokens[-len(step.final) - 64 :])
                     if any(stop in tail for stop in until):
                         step.finish_reason = "stop"  # tells the decoder, which ends the row
-                ended[i] = step.finish_reason is not None
-                bar.update(ended[i])
+                bar.update(step.finish_reason is not None)
         texts = [self.tokens.decode(result.tokens) for result in results]
         ends = [min((text.find(stop) for stop in until if stop in text), default=None) for text in texts]
         return [(text[:end], result) for text, end, result in zip(texts, ends, results)]

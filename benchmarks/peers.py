@@ -232,7 +232,7 @@ def main(
         ways |= ways_of(network, decodings, packed, record, transformers)
     count = None if batches is None else batches * batch_size
     longest = decodings["AR"].resolve(network)
-    stop = decodings["AR"].resolve(network).stop_token_ids
+    stop = longest.stop_token_ids
     for path in ggufs:
         require(tokenizer and batch_size == 1 and not exact, "--gguf needs a --model, and batches of one.")
         ways[f"{str(network.weight.dtype)[6:]} llama.cpp, {path.name}"] = llama_cpp(path, tokenizer, stop)
@@ -244,7 +244,9 @@ def main(
         check_prompt(prompts[0], longest, config)
         records = [{"set": "random"}] * len(prompts)
     used = {"shape": shape} if shape else files.header_of(model, adapter, network, longest)
-    used |= files.options_of(longest) | {"packed": packed}
+    of_gguf = [[path.stat().st_size, path.stat().st_mtime_ns] for path in ggufs]
+    used |= files.options_of(longest) | about | {"packed": packed, "record": record, "gguf": of_gguf}
+    used |= {"threads": torch.get_num_threads(), "device": str(network.weight.device)}
     run = hashlib.sha256(json.dumps([used, list(ways), batch_size, prompts]).encode()).hexdigest()
     busy = f"{target}: another run is writing it; wait for it, or name another --output."
     with files.lock_run(target, busy) as output:

@@ -43,7 +43,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import fastdllm  # noqa: E402
 from checkpoint import DTYPES, Tokenizer, pick_device, replace_file  # noqa: E402
-from commands.console import SHIPPED, open_model, require_writable  # noqa: E402
+from commands.console import SHIPPED, open_model  # noqa: E402
 from commands.evaluate import read_problems  # noqa: E402
 from commands.prompts import environment, options_of, rates  # noqa: E402
 from fast import PrepackedLinear, RecordedPasses, avoid_cudnn_attention, prepack  # noqa: E402
@@ -464,8 +464,6 @@ def bench(
     """
     both = thresholds and guesses_per_pass
     require(not both, "--thresholds and --guesses-per-pass exclude one another; give one.")
-    if target:
-        require_writable("--output", target)
     network, tokenizer = build(model, adapter, device, dtype, threads, shape, layers)
     network = prepack(network) if packed else network
     config, record = network.config, record and network.weight.is_cuda

@@ -108,7 +108,8 @@ def read_problems(
     for place, record in islice(records.items(), count):
         messages, answer = record.get("messages"), record.get("answer")
         if isinstance(record.get("question"), str):
-            messages = [{"role": "user", "content": record["question"] + instruction}]
+            asked = "\n".join(filter(None, (record["question"], instruction)))
+            messages = [{"role": "user", "content": asked}]
         elif messages:
             require(not instruction, f"{place}: an instruction follows a `question`, this has `messages`.")
         if type(answer) in (int, float):

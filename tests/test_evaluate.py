@@ -68,11 +68,11 @@ def test_problems_without_question_or_answer_are_named(record):
 
 def test_a_problem_keeps_its_system_message_and_tools_and_an_instruction_needs_a_question():
     record = {"question": "?", "answer": 3, "system": "s", "tools": [{"name": "f"}]}
-    found = read_problems({"line 1": record}, None, " Think.")["line 1"]
+    found = read_problems({"line 1": record}, None, "Think.")["line 1"]
     assert found | record == found | {"question": "?", "answer": 3}
-    assert found["messages"] == [{"role": "user", "content": "? Think."}]
+    assert found["messages"] == [{"role": "user", "content": "?\nThink."}]
     with pytest.raises(InputError, match="line 1: an instruction follows a `question`"):
-        read_problems({"line 1": {"messages": found["messages"], "answer": 3}}, None, " Think.")
+        read_problems({"line 1": {"messages": found["messages"], "answer": 3}}, None, "Think.")
 
 
 def test_a_drop_is_known_after_enough_problems():

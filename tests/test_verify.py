@@ -219,6 +219,8 @@ def test_the_fastest_way_by_timed_passes_is_chosen(untied, monkeypatch, seconds,
     assert (getattr(decoding, "draft_width", None), getattr(decoding, "draft_ahead", None)) == chosen
     assert (decoding.max_new_tokens, decoding.temperature, decoding.seed) == (9, 0.5, 1)
     assert decoding.block_size == 1 and same_bits
+    wide, _ = choose_drafts(model.bfloat16(), Verified(batch_size=64))
+    assert wide.batch_size == (64 if isinstance(wide, Verified) else verify.SAME_BITS)
 
 
 def test_the_choice_is_made_by_passes_that_run(untied):
