@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -289,13 +287,6 @@ def test_other_mistakes_get_one_sentence_too(tmp_path, folders):
         assert command.split()[-1] in mistake(*command.split(), "9" * 20)  # before it makes them all
 
 
-def test_verify_on_a_plain_base_asks_for_an_adapter(folders, tmp_path):
-    base = shutil.copytree(folders["untied"], tmp_path / "base")
-    config = json.loads((base / "config.json").read_text()) | {"mask_token_id": None, "bd_size": 1}
-    (base / "config.json").write_text(json.dumps(config))
-    assert "give it an adapter" in mistake("generate", "--prompt-ids", "1,2", "--verify", "--model", base)
-
-
 @pytest.mark.parametrize("flags, note", [
     ("--seed 1", "--seed changes nothing at temperature 0."), ("--top-p 0.9", "--top-p changes nothing at temperature 0."),
     ("--block-size 33", "its sub-blocks have 1 token, which is slow; --sub-block-size 33"), ("--block-size 4", "trained with block size 32"),
@@ -389,20 +380,6 @@ def test_ctrl_c_keeps_the_answers_that_are_there(tmp_path, monkeypatch, command)
         assert result.stdout.startswith("100.0% (standard error 0.0) of 1 problem,")
     else:
         assert result.stdout.count("\n") == 1
-
-
-@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
-def test_ctrl_c_while_it_loads_gives_no_traceback():
-    code = "import runpy, sys; sys.argv = ['cli.py', 'chat']; print(flush=True); "
-    code += f"runpy.run_path({str(ROOT / 'cli.py')!r}, run_name='__main__')"
-    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
-        process.stdout.readline()
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        process.stdin.close()
-        errors = process.stderr.read()
-    assert "Traceback" not in errors and process.returncode in (0, 130)  # 0: it had loaded already
 
 
 # --- Help ---

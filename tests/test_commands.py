@@ -38,10 +38,6 @@ def test_eval_reports_accuracy_and_rates(tmp_path):
     assert "of 6 problems," in text.stdout and "tokens/s" not in text.stdout
 
 
-def test_eval_takes_the_held_out_set_by_default():
-    assert run_json("eval", "--count", 3, "--max-new-tokens", 9)["problems"] == 3
-
-
 # --- the choice of --verify ---
 
 
@@ -154,9 +150,6 @@ def test_info_describes_a_checkpoint_without_its_weights(tmp_path, shipped):
     assert lines[0].strip() == "missing weights  model.safetensors"
     assert all(len(line.split("  ")) > 1 and line.split("  ")[-1].strip() for line in lines)  # no blanks
     assert "give one of them" in mistake("info", copy, "--model", copy)
-
-
-def test_info_refuses_a_folder_without_checkpoint(tmp_path):
     assert "config.json is missing" in mistake("info", tmp_path)
 
 
@@ -440,11 +433,3 @@ def test_trace_page_runs_in_a_browser_and_its_slider_moves(page, tmp_path):
         assert "CONSOLE" not in shown.stderr
         masked.append(len(re.findall(r'class="token[^"]*\bmasked', shown.stdout)))
     assert masked[0] == 0 < masked[1]
-
-
-def test_a_file_that_holds_something_else_is_never_written_over(tmp_path):
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text('{"question": "1 and 2?", "answer": 3}\n')
-    before = problems.read_text()
-    assert "holds something else" in mistake("eval", problems, "--output", problems)
-    assert problems.read_text() == before and list(tmp_path.iterdir()) == [problems]

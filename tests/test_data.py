@@ -197,9 +197,6 @@ REFUSED = [
     ({"messages": chat({"role": "user", "content": "a", "train": True}, "b")}, "only answers train"),
     ({"messages": chat("a", answer(weight=0))}, "no token to train on"),
     ({"messages": chat("a", "")}, "an answer is empty"),
-    ({"messages": chat("a", answer("", tool_calls=CALL))}, "template"),
-    ({"messages": chat("a", answer(reasoning_content="c"))}, "template"),
-    ({"messages": chat("a", "b"), "tools": TOOLS}, "template"),
     ({"messages": chat("a", "b"), "tools": "{"}, "tools are no list"),
     ({"messages": chat(answer())}, "begins with one"),
     ({"messages": [*chat("a"), {"role": "Assistant", "content": "b"}]}, "the role 'Assistant' is none of"),
@@ -211,7 +208,7 @@ REFUSED = [
     ({"question": "a", "answer": None}, "it has only `question`"),
     ({"id": 1}, "it has none"),
     ({"text": ""}, "text is empty"),
-    ({"text": "|<MASK>|"}, "the mask token"),
+    ({"text": "Mia has 3 books."}, "the mask token"),
     ({"prompt": "a", "token_ids": [10**6]}, "outside the vocabulary"),
     ({"prompt": "a", "token_ids": 3}, "token_ids are no list"),
     ([], "no JSON object"),
@@ -222,7 +219,7 @@ REFUSED = [
 def test_what_cannot_be_trained_as_it_is_meant_is_refused_by_name(tmp_path, chatml, record, sentence):
     (tmp_path / "data.jsonl").write_text(json.dumps(record))
     with pytest.raises(InputError, match=f"line 1: .*{sentence}.*--broken skip"):
-        list(read_documents(tmp_path / "data.jsonl", chatml, chatml.id("|<MASK>|"), "refuse"))
+        list(read_documents(tmp_path / "data.jsonl", chatml, chatml.encode(" books")[0], "refuse"))
 
 
 UNUSED = [
@@ -248,13 +245,6 @@ def test_a_broken_line_is_named_and_refused_or_skipped(tmp_path, chatml, capsys,
         list(read_documents(path, chatml, None, "refuse"))
     assert len(list(read_documents(path, chatml, None, "skip"))) == 2
     assert "line 3" in capsys.readouterr().err
-
-
-def test_the_models_mask_token_is_refused_whatever_its_name(tmp_path, chatml):
-    (tmp_path / "data.jsonl").write_text('{"text": "Mia has 3 books."}')
-    mask = chatml.encode(" books")[0]
-    with pytest.raises(InputError, match="it holds the mask token"):
-        list(read_documents(tmp_path / "data.jsonl", chatml, mask, "refuse"))
 
 
 # --- Corpus ---

@@ -5,7 +5,7 @@ import torch
 from conftest import golden
 from windows import block_causal_mask, block_forward, run_window
 
-from fastdllm import PADDING, KVCache, Sees, attention_mask
+from fastdllm import KVCache
 
 LOGITS = golden("logits")["cases"]
 
@@ -28,12 +28,6 @@ def test_mask_equals_golden(name, rows):
     queries, size, cached = (int(part.lstrip("qbscahe")) for part in name.split("_"))
     mask = block_causal_mask(queries, cached + queries, size)
     assert ["".join(str(int(seen)) for seen in row) for row in mask] == rows
-
-
-def test_a_windows_mask_is_all_before_an_end_but_for_a_gap():
-    sees = torch.tensor([[Sees(3, 4), Sees(4, 9, 5, 7), PADDING]])
-    rows = ["".join(str(int(seen)) for seen in row) for row in attention_mask(sees, 10)[0]]
-    assert rows == ["1111000000", "1111100110", "1000000000"]
 
 
 @pytest.mark.parametrize("case", [c for c in LOGITS if c["kind"] == "full"], ids=name_of)

@@ -36,12 +36,6 @@ def test_nothing_is_left_to_fill_in():
         assert "@@" not in (ROOT / name).read_text()
 
 
-def test_the_readmes_first_two_commands_do_everything():
-    first = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
-    assert len(first) == 2 and all("pip install -q -r requirements.txt" in line for line in first)
-    assert "cli.py generate" in first[0] and "-m pytest -q tests" in first[1]
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_of_every_command_exists(command):
     assert set(re.findall(r"--[a-z][\w-]*", command)) <= options_of(command)

@@ -291,10 +291,12 @@ def test_show_prints_a_row_as_it_trains_on_a_screen(tmp_path):
     refused(CliRunner().invoke(train.main, ["show", "--data", str(path)]), "no documents")
 
 
-def test_ctrl_c_while_the_program_starts_is_quiet(tmp_path):
-    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    line = [sys.executable, ROOT / "train.py", "show"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}  # the first import interrupts
+@pytest.mark.parametrize("module", ["click", "torch"])
+@pytest.mark.parametrize("line", [["train.py", "show"], ["cli.py", "chat"]], ids=str)
+def test_ctrl_c_while_the_program_starts_is_quiet(tmp_path, line, module):
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, ROOT / line[0], line[1]]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}  # importing it interrupts
     result = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (130, "")
 
@@ -313,13 +315,6 @@ def test_starting_loads_no_compiler_and_no_sharding():
     code = f"import sys, train; print([name for name in {slow} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout == "[]\n"
-
-
-def test_every_option_has_help_and_next_token_training_none_of_diffusion():
-    assert CliRunner().invoke(train.main, ["--version"]).output.startswith("fastdllm, version ")
-    options = {name: {p.name: p.help for p in c.params} for name, c in train.main.commands.items()}
-    assert options["adapt"].keys() - options["ar"] == {"preset", "block_size", "ar_weight"}
-    assert all(help for command in options.values() for help in command.values())
 
 
 def test_presets_are_the_papers_and_options_override_them(monkeypatch):

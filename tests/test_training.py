@@ -64,16 +64,6 @@ def test_training_mask_equals_golden(name, rows):
 PACKED = torch.tensor([[1] * 64 + [2] * 32 + [3] * 64, [1] * 96 + [2] * 64])  # documents of two rows of 160
 
 
-def test_views_never_see_each_other_and_documents_only_themselves():
-    mask, single = training_mask(12, 4, views=2), training_mask(12, 4)
-    for view in (0, 1):
-        part = [*range(12 * view, 12 * view + 12), *range(24, 36)]
-        assert torch.equal(mask[part][:, part], single)
-    assert not mask[:12, 12:24].any() and not mask[12:24, :12].any()
-    apart = PACKED.repeat(1, 3)[:, :, None] == PACKED.repeat(1, 3)[:, None]
-    assert torch.equal(training_mask(160, 32, 2, PACKED), training_mask(160, 32, 2) & apart)
-
-
 @pytest.mark.parametrize("documents", [None, PACKED], ids=["one document", "packed"])
 @pytest.mark.parametrize("views, size", [(0, 1), (1, 32), (2, 32), (2, 8)])
 @pytest.mark.parametrize("kind", ["blockwise", "sparse"])
@@ -319,14 +309,6 @@ def test_a_step_trains_by_the_two_losses_of_its_rows(job):
     assert losses == pytest.approx({"diffusion_loss": expected.item(), "ar_loss": other.item()}, rel=1e-5)
     got = torch.cat([p.grad.flatten() for p in made.trained.values()])
     torch.testing.assert_close(got, gradients_of(model, expected + 0.5 * other), atol=1e-5, rtol=1e-3)
-
-
-def test_a_row_draws_its_own_noise_whichever_process_runs_it(job):
-    made = job()
-    rows, seeds = [row for _, row in zip(range(3), made.rows())], [[0, 5, i] for i in range(3)]
-    *_, whole = train.noisy_batch(made.corpus, rows, seeds, 0, 32, made.settings)
-    *_, part = train.noisy_batch(made.corpus, rows[1:], seeds[1:], 0, 32, made.settings)
-    assert torch.equal(part, whole[1:]) and not torch.equal(whole[0], whole[1])
 
 
 def test_learning_rate_warms_up_and_stays_or_falls():
