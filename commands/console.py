@@ -307,7 +307,7 @@ def resolve(asked: Decoding, model: Qwen2) -> Decoding:
     if verify and rounds_by_width(model):
         parts = "round otherwise than AR's in bfloat16, so an answer may part from AR's at a tie"
         if isinstance(model.lm_head, torch.nn.Linear):
-            say(f"without --prepack wide passes {parts}.")
+            say(f"without prepacked weights wide passes {parts}.")
         elif decoding.widest() > SAME_BITS:
             say(f"passes of {decoding.widest()} tokens {parts}; up to {SAME_BITS} do not.")
     for name in ("top_p", "top_k", "seed"):
