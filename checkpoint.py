@@ -54,7 +54,8 @@ CHATML = """
 {{- '<|im_start|>' ~ m.role ~ '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-MAX_WORK = 2**24  # of one rendering: characters, turns of loops over a range, and 64 for a call; seconds
+# of one rendering, which is seconds: its characters, turns of loops over a range, and 64 for each call
+MAX_WORK = 2**24
 
 
 class Generation(Extension):
@@ -91,7 +92,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def spend(self, work: int) -> None:
         self.work += work
         if self.work > MAX_WORK:
-            self.fail("it writes too much, or does not end")
+            self.fail("it does too much")
 
     def call(self, *args, **options):
         result = super().call(*args, **options)
@@ -102,7 +103,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.fail(f"{attribute!r} of a {type(obj).__name__} is outside what a template may use")
 
     def write(self, template: str, variables: dict) -> str:
-        """Raises InputError with the template's own message where it is broken, raises, or does not end."""
+        """Raises InputError with the template's own message where it is broken, raises, or does too much."""
         pieces, self.work = [], 0
         try:
             for piece in self.compile_once(template).generate(variables):
@@ -142,7 +143,10 @@ class Tokenizer:
         bos = self.id(self.special.get("bos_token", "")) if settings.get("add_bos_token") else None
         self.begin = [] if bos is None else [bos]  # of a text that is no chat
         self.templates, self.template_source = {}, "none"  # the templates by name
-        own, chatml = files.get("chat_template.jinja", b"").decode(), ("<|im_start|>", "<|im_end|>")
+        own, chatml = (
+            files.get("chat_template.jinja", b"").decode("utf-8-sig"),
+            ("<|im_start|>", "<|im_end|>"),
+        )
         if template := own or settings.get("chat_template"):
             named = template if isinstance(template, list) else [{"name": "default", "template": template}]
             self.templates = {entry["name"]: entry["template"] for entry in named}
@@ -194,9 +198,14 @@ class Tokenizer:
         messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         text = SANDBOX.write(template, self.special | given)
-        system = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
-        written = not isinstance(system, str) or "".join(system.split()) in "".join(text.split())
-        require(written, "The chat template leaves the system message out; put its text into the prompt.")
+        squeezed = "".join(text.split())
+        for role, content in ((message["role"], message.get("content")) for message in messages):
+            as_code = isinstance(content, (list, dict)) and str(content) in text
+            require(not as_code, "The chat template writes a content of parts as code; make it one text.")
+            rewritten = role in ("assistant", "tool") or not isinstance(content, str)  # as templates may
+            written = rewritten or "".join(content.split()) in squeezed
+            left_out = f"The chat template leaves the {brief(role)} message out"
+            require(written, f"{left_out}; put its text into another message.")
         return text
 
     def default_system(self) -> str | None:

@@ -81,8 +81,8 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, com
     require(len(prompt) < 2, f'Put the prompt into quotes: generate "{" ".join(prompt)}"')
     [prompt] = prompt or [None]
     many = source is not None
-    asked = sum(value is not None for value in (prompt, prompt_ids, source))
-    require(asked < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
+    sources = sum(value is not None for value in (prompt, prompt_ids, source))
+    require(sources < 2, "PROMPT, --prompt-ids and --input exclude one another; give one of them.")
     target = None if target == Path("-") else target
     require(many or not target, "--output needs --input; one answer goes to standard output.")
     of_one = "--json, --watch, --compare and --trace show one answer; leave them out with --input."
@@ -99,7 +99,8 @@ def generate(prompt, system, raw, prompt_ids, source, target, as_json, live, com
         requests = {"": {"prompt_ids": prompt_ids}}
     else:
         if prompt is None and sys.stdin and not sys.stdin.closed and not sys.stdin.isatty():
-            prompt = sys.stdin.buffer.read().decode(errors="surrogateescape").strip() or None
+            text = sys.stdin.buffer.read().decode(errors="surrogateescape")
+            prompt = (text if raw else text.strip()) if text.strip() else None
         requests = {"": {"prompt": console.SAMPLE if prompt is None else prompt}}
 
     network, tokenizer, recorded = console.open_model(**given)
@@ -272,7 +273,7 @@ def evaluate(problems, count, instruction, paper_prompt, target, as_json, **give
 @problems_argument
 @option("--thresholds", default="0.5,0.7,0.8,0.9,0.95,1", type=ListOf(click.FloatRange(0, 1)),
         help="Values of --threshold to try; so the next two.")  # fmt: skip
-@option("--sub-block-sizes", default="8,32", type=ListOf(COUNT))
+@option("--sub-block-sizes", show_default="8 and the whole block", type=ListOf(COUNT))
 @option("--caches", default="block", type=ListOf(click.Choice(["none", "block", "dual"])))
 @option("--max-drop", type=click.FloatRange(0, 100), default=1.0, help="Points below AR to accept.")
 @option("--max-new-tokens", type=COUNT, default=256, help="The longest answer.")

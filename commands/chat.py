@@ -82,7 +82,9 @@ class Chat:
             except KeyboardInterrupt:
                 click.echo(err=True)
             except (InputError, OSError) as error:
-                click.echo(f"Error: {sentence_of(error)}", err=True)
+                if (sentence := sentence_of(error)) is None:
+                    raise  # nobody reads on
+                click.echo(f"Error: {sentence}", err=True)
 
     def answer(self, question: str) -> None:
         """One turn; an answer that Ctrl-C has cut is forgotten, with its question.

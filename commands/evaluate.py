@@ -30,7 +30,8 @@ DIGITS = r"(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\w)\.\d+)"
 NUMBER = re.compile(MINUS + r"(?:(\d{1,9}) (?=\d{1,9}/\d))?" + DIGITS + r"(?:/(\d{1,9})(?![\d/]))?")
 REWRITES = [  # what LaTeX puts into and around numbers
     ("\u2212", "-"),
-    (r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"),
+    (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # 2\frac{1}{2}
+    (r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
     (r"\{,\}|,\\!", ","),
     (r"(?<=\d)\\,(?=\d{3})|\\[!()]|\\(?=[ $%])", ""),
     (r"\\[,;:]|~", " "),
@@ -54,15 +55,13 @@ def final_answer(text: str) -> str | None:
 
 def boxes(text: str) -> list[str]:
     """What stands in each \\boxed{} that is closed."""
-    found = []
-    for box in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth = 1
-        for end in range(box.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                found.append(text[box.end() : end])
-                break
-    return found
+    found, opened = [], []
+    for mark in re.finditer(r"\\(?:boxed|fbox)\s*\{|[{}]", text):
+        if mark[0] != "}":
+            opened.append(mark)
+        elif opened and len((box := opened.pop())[0]) > 1:
+            found.append((box.end(), text[box.end() : mark.start()]))
+    return [content for _, content in sorted(found)]
 
 
 def stated_number(text: str) -> str | None:
@@ -106,7 +105,10 @@ def read_problems(
     needs = "needs `question` or `messages`, and an `answer` with a number in it."
     found = {}
     for place, record in islice(records.items(), count):
-        messages, answer = record.get("messages"), record.get("answer")
+        # what `eval` wrote has the model's answer beside the expected one
+        messages, answer = record.get("messages"), record.get("expected", record.get("answer"))
+        both = f"{place}: `question` and `messages` exclude one another; give one."
+        require(not (messages and record.get("question")), both)
         if isinstance(record.get("question"), str):
             asked = "\n".join(filter(None, (record["question"], instruction)))
             messages = [{"role": "user", "content": asked}]
@@ -116,6 +118,8 @@ def read_problems(
             answer = f"{Decimal(str(answer)):f}"
         expected = final_answer(answer) if isinstance(answer, str) else None
         require(isinstance(messages, list) and messages and expected is not None, f"{place}: {needs}")
+        answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+        require(not answered, f"{place}: its messages end in an answer; leave that out.")
         chat = {name: record[name] for name in ("system", "tools") if record.get(name)}
         found[place] = chat | {"messages": messages, "expected": expected}
     return found
@@ -252,9 +256,10 @@ def ways_of(config: Config, choices: dict, limits: dict) -> dict[str, Decoding]:
     ways = {AR: Decoding(block_size=1, **limits)}
     if config.mask_token_id is not None:
         ways["--verify"] = Verified(**limits)
-    for cache, sub, threshold in itertools.product(
-        choices["caches"], choices["sub_block_sizes"], choices["thresholds"] if config.block_size > 1 else []
-    ):
+    size = config.block_size
+    subs = choices["sub_block_sizes"] or sorted({math.gcd(8, size), size})
+    thresholds = choices["thresholds"] if size > 1 else []
+    for cache, sub, threshold in itertools.product(choices["caches"], subs, thresholds):
         flags = f"--threshold {threshold:g} --sub-block-size {sub}"
         flags += f" --cache {cache}" if cache != "block" else ""
         ways[flags] = Decoding(None, sub, threshold, cache, **limits)

@@ -210,9 +210,10 @@ def environment(device: str) -> dict:
 
 # --- Many answers ---
 # Each process appends results to a part file of its own, FILE.rank-N; when all are there, the first process
-# writes FILE at once. `torchrun --nproc-per-node 8 cli.py eval --output FILE` starts eight processes, each on
-# a device of its own; they share the prompts out, and exchange nothing but these files. So an answer that was
-# written is never lost, and the same command goes on after a kill, also with another number of processes.
+# writes FILE in one piece. `torchrun --nproc-per-node 8 cli.py eval --output FILE` starts eight processes,
+# each on a device of its own; they share the prompts out, and exchange nothing but these files. So an answer
+# that was written is never lost, and the same command goes on after a kill, also with another number of
+# processes.
 
 
 def finished(
@@ -351,6 +352,8 @@ def lock_run(path: Path, problem: str) -> Iterator[TextIO]:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(problem) from None
+        except OSError:  # a file system without locks
+            console.say(f"{path}: cannot be locked here, so start one run only.")
         yield file
 
 

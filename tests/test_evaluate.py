@@ -17,7 +17,7 @@ from fastdllm import InputError
     ("10-5", "5"), ("10 - 5", "5"), ("1, 2, 3", "3"), ("at 10:30", "30"),
     # decimals and fractions
     ("from 3 to 5.0", "5"), ("0.5", "0.5"), ("it is .5", "0.5"), ("5.", "5"), ("#### -0.0", "0"), ("#### 007.50", "7.5"), ("#### 3/4", "0.75"),
-    ("#### 1 3/4", "1.75"), (r"\boxed{\frac{1}{2}}", "0.5"), (r"\boxed{2\frac{1}{2}}", "2.5"), ("1/0", "1"), ("12345678901234567891", "12345678901234567891"),
+    ("#### 1 3/4", "1.75"), (r"\boxed{\frac{1}{2}}", "0.5"), (r"\boxed{2\frac{1}{2}}", "2.5"), (r"\boxed{-\frac{3}{4}}", "-0.75"), ("1/0", "1"), ("12345678901234567891", "12345678901234567891"),
     ("9" * 5000, "9" * 5000),
     # words around it
     ("#### Answer: 18", "18"), ("#### Answer: $18", "18"), (r"\boxed{9 + 9 = 18}", "18"), (r"\boxed{\text{The answer is 460}}", "460"),
@@ -66,11 +66,19 @@ def test_problems_without_question_or_answer_are_named(record):
         read_problems({"line 7": record}, None)
 
 
-def test_a_problem_keeps_its_system_message_and_tools_and_an_instruction_needs_a_question():
+def test_a_problem_keeps_its_system_message_and_what_would_be_unused_is_refused():
     record = {"question": "?", "answer": 3, "system": "s", "tools": [{"name": "f"}]}
     found = read_problems({"line 1": record}, None, "Think.")["line 1"]
     assert found | record == found | {"question": "?", "answer": 3}
     assert found["messages"] == [{"role": "user", "content": "?\nThink."}]
+    messages = found["messages"]
+    again = {"messages": messages, "answer": "99", "expected": "3"}  # as `eval --output` writes it
+    assert read_problems({"line 1": again}, None)["line 1"]["expected"] == "3"
+    gold = [*messages, {"role": "assistant", "content": "It is 3."}]
+    with pytest.raises(InputError, match="line 1: its messages end in an answer"):
+        read_problems({"line 1": {"messages": gold, "answer": 3}}, None)
+    with pytest.raises(InputError, match="line 1: `question` and `messages` exclude one another"):
+        read_problems({"line 1": record | {"messages": messages}}, None)
     with pytest.raises(InputError, match="line 1: an instruction follows a `question`"):
         read_problems({"line 1": {"messages": found["messages"], "answer": 3}}, None, "Think.")
 

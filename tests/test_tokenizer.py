@@ -101,12 +101,13 @@ def test_a_text_begins_as_the_settings_say_and_only_once(tmp_path):
 LINES = (ROOT / "benchmarks" / "templates.jsonl").read_text().splitlines()
 FAMILIES = {family["name"]: family for family in map(json.loads, LINES) if "chat_template" in family}
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
-SYSTEM = {"role": "system", "content": "Be terse."}
+SYSTEM, SILENT = {"role": "system", "content": "Be terse."}, {"role": "user", "content": ""}
 CALL = {"function": {"name": "find", "arguments": {"text": "é<b>"}}}
 TOOL = {"type": "function", "function": {"name": "find", "description": "Finds 'é' & more."}}
 LOOP = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 LOOP += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 OWN = "{% if messages[0].role != 'system' %}<|im_start|>system\nDon't {{ 1 < 2 }}.<|im_end|>\n{% endif %}\n"
+QWEN = FAMILIES["Qwen2.5-Instruct"]["chat_template"]
 ASKED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -156,7 +157,7 @@ def test_a_distillations_turns_are_its_own_tokens(tmp_path):
 
 
 def test_tools_calls_and_results_reach_the_template(with_template):
-    tokenizer = with_template(FAMILIES["Qwen2.5-Instruct"]["chat_template"])
+    tokenizer = with_template(QWEN)
     call = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
     results = [{"role": "tool", "content": "[1]"}, {"role": "tool", "content": "[2]"}]
     text = tokenizer.render([USER, call, *results, ANSWER | {"tool_calls": None}], [TOOL], False)
@@ -183,7 +184,7 @@ def test_tools_calls_and_results_reach_the_template(with_template):
 def test_what_templates_use_is_there(with_template, template, text):
     files = {"special_tokens_map.json": '{"unk_token": "<u>", "eos_token": "<other>"}'}
     settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": None}
-    assert with_template(template, files, **settings).render([USER | {"x": None}, ANSWER, USER]) == text
+    assert with_template(template, files, **settings).render([SILENT | {"x": None}, ANSWER, SILENT]) == text
 
 
 TWICE = "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(60) }}"
@@ -202,9 +203,9 @@ NESTED = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     ("{{ messages[2].content }}", "it writes a null, such as a content, as text"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
     ("{% for i in range(1000000) %}{% endfor %}", "Range too big"),
-    ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "it writes too much, or does not end"),
-    (NESTED, "it writes too much, or does not end"),
-    (TWICE, "it writes too much, or does not end"),
+    ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "it does too much"),
+    (NESTED, "it does too much"),
+    (TWICE, "it does too much"),
     ("{{ lipsum(n=1000000000) }}", "'lipsum' is undefined"),
     ("{{ raise_exception('long ' * 1000) }}", "long long"),
 ])  # fmt: skip
@@ -222,7 +223,7 @@ NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "templat
     ("own{{ tools or '' }}", {}, CONFIG, "own", "own[1]"),
     (NAMED, {}, CONFIG, "plain", "with tools"),
     (NAMED[1:], {}, CONFIG, None, "with tools"),
-    (NAMED, {JINJA: "file\r\n\r\n"}, JINJA, "file\n", None),
+    (NAMED, {JINJA: "\ufefffile\r\n\r\n"}, JINJA, "file\n", None),
     ("", {JINJA: ""}, "ChatML (no template in the files)", "<|im_start|>", None),
 ], ids=str)  # fmt: skip
 def test_where_the_template_comes_from(with_template, template, files, source, text, text_with_tools):
@@ -230,10 +231,10 @@ def test_where_the_template_comes_from(with_template, template, files, source, t
     assert tokenizer.template_source == source
     for tools, expected in ((None, text), ([1], text_with_tools)):
         if expected:
-            assert tokenizer.render([USER], tools).startswith(expected)
+            assert tokenizer.render([SILENT], tools).startswith(expected)
         else:
             with pytest.raises(InputError):
-                tokenizer.render([USER], tools)
+                tokenizer.render([SILENT], tools)
 
 
 def test_a_chat_without_template_and_chatml_tokens_is_refused(tmp_path):
@@ -257,6 +258,9 @@ PLAIN, NO_TOOLS = "only plain turns of system, user and assistant", "chat templa
     (LOOP, [], None, "Messages are a list of objects"),
     (LOOP, [USER], [TOOL], NO_TOOLS),
     (LOOP, [USER, ANSWER | {"content": None}], None, "writes a null"),
+    (LOOP, [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], None, "a content of parts as code"),
+    (QWEN, [{"role": "developer", "content": "Be terse."}, USER], None, "leaves the developer message out"),
+    (QWEN, [ANSWER, {"role": "human", "content": "And\nnow?"}], None, "leaves the human message out"),
 ])  # fmt: skip
 def test_what_the_template_has_no_place_for_is_refused(with_template, template, messages, tools, reason):
     with pytest.raises(InputError, match=reason):
