@@ -126,9 +126,7 @@ def training_attention(
     chunk = block_size if views else 32  # positions of one product; without views any size works, 32 is fast
     if length % chunk:
         chunk = length
-    mask = None
-    if documents is not None or chunk != block_size:  # then inside a chunk not all is seen
-        mask = training_mask(length, block_size, 0, documents, device).view(-1, length, length)
+    mask = training_mask(length, block_size, 0, documents, device).view(-1, length, length)
     return lambda layer, *qkv: blockwise_attention(*qkv, mask, length, chunk, views)
 
 
@@ -371,11 +369,12 @@ class Adaptation:
         sums = dict.fromkeys(self.weights, 0.0)
         for tokens, trainable, documents, masked in parts:
             given = {"tokens": tokens, "trainable": trainable, "documents": documents, "count": count}
+            losses = {
+                "ar": partial(next_token_loss, **given),
+                "diffusion": partial(training_loss, **given, block_size=self.size, masked=masked),
+            }
             for kind, weight in self.weights.items():
-                if kind == "ar":
-                    loss = self.whole(next_token_loss, **given)
-                else:
-                    loss = self.whole(training_loss, **given, block_size=self.size, masked=masked)
+                loss = self.whole(losses[kind])
                 sums[kind] += loss.detach()
                 if loss.requires_grad:
                     # FSDP2 averages gradients over processes, but the loss is their sum

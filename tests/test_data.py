@@ -211,6 +211,7 @@ REFUSED = [
     ({"text": "Mia has 3 books."}, "the mask token"),
     ({"prompt": "a", "token_ids": [10**6]}, "outside the vocabulary"),
     ({"prompt": "a", "token_ids": 3}, "token_ids are no list"),
+    ({"prompt": "a", "token_ids": [5], "train": False}, "it has `train` beside `token_ids`"),
     ([], "no JSON object"),
 ]
 
@@ -279,17 +280,6 @@ def test_data_is_tokenised_once_and_anew_when_anything_changes(tmp_path, chatml,
         (tmp_path / "tokens").write_bytes(damaged)
         assert made(chatml, 10**6)[0] == 7
     assert len(calls) == 5 and sorted(os.listdir(tmp_path)) == ["data.jsonl", "tokens"]
-
-
-def test_broken_data_leaves_what_was_tokenised_before(tmp_path, chatml, lines):
-    prepared(tmp_path, chatml)
-    before = (tmp_path / "tokens").read_bytes()
-    for text, sentence in ("{\n", "line 1"), ("\n", "holds no documents"):
-        (tmp_path / "data.jsonl").write_text(text)
-        with pytest.raises(InputError, match=sentence):
-            prepared(tmp_path, chatml)
-    assert (tmp_path / "tokens").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["data.jsonl", "tokens"]
 
 
 def test_a_tokenizer_without_mask_gets_it_as_its_first_free_id(tmp_path, shipped):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -104,10 +105,9 @@ def test_flex_attention_can_be_traced_in_a_recomputed_step_and_has_the_dense_gra
     for kind in ("dense", "sparse"):
         model = copy.deepcopy(models["tied"])
         whole = train.runs.distribute(model, getattr(torch, compute), recompute=True)
-        losses = [
-            whole(training_loss, tokens, trainable, 32, masked, documents, attention=kind),
-            whole(next_token_loss, tokens, trainable, documents, attention=kind),
-        ]
+        own = partial(training_loss, block_size=32, masked=masked)
+        given = {"tokens": tokens, "trainable": trainable, "documents": documents, "attention": kind}
+        losses = [whole(partial(loss, **given)) for loss in (own, next_token_loss)]
         sum(losses).backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters()}
         results.append((torch.stack(losses).detach(), gradients))
@@ -162,21 +162,6 @@ def test_loss_and_gradients_equal_golden(models, case, kind):
     for name, norm in case["grad_norms"].items():
         assert gradients.get(name, norm) == pytest.approx(norm, rel=1e-4)
     assert torch.equal(tokens, before[0]) and torch.equal(trainable, before[1])  # inputs are left as they are
-
-
-class Head:
-    """A model whose hidden states are its logits."""
-
-    logits = staticmethod(lambda hidden: hidden)
-    config = type("", (), {"vocab_size": 1})
-
-
-def test_cross_entropy_equals_golden():
-    logits, labels = (torch.tensor(GOLDEN["loss_function"][key]) for key in ("logits", "labels"))
-    wanted = labels[:, 1:] != -100
-    loss = train.cross_entropy(Head, logits[:, :-1][wanted], labels[:, 1:][wanted])
-    assert loss.item() / wanted.sum().item() == pytest.approx(GOLDEN["loss_function"]["loss_mean"], abs=1e-6)
-    assert wanted.sum().item() == GOLDEN["loss_function"]["terms"]
 
 
 def test_chunks_of_logits_change_nothing(models, rng, monkeypatch):

@@ -22,25 +22,24 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """`grouped_attention` in plain products, with a bool mask (B or 1, T, S); backward it is fast on CPUs."""
     B, H, T, d = q.shape
     K = k.shape[1]  # query heads of one key head are more rows of the same product
     scores = ((q * d**-0.5).reshape(B, K, -1, d) @ k.transpose(2, 3)).float()
-    if mask is not None:
-        unseen = ~mask[:, None, None]
-        scores = scores.view(B, K, -1, *mask.shape[1:]).masked_fill(unseen, -torch.inf).view_as(scores)
+    unseen = ~mask[:, None, None]
+    scores = scores.view(B, K, -1, *mask.shape[1:]).masked_fill(unseen, -torch.inf).view_as(scores)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).reshape(B, H, T, d)
 
 
 def blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: int, block_size: int, views: int
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, length: int, block_size: int, views: int
 ) -> Tensor:
     """Training's mask applied block by block, so that few queries meet a key that they cannot see.
 
     q (B, H, T, d), k and v (B, K, T, d). mask (B or 1, L, L): what the clean copy sees of itself; a noisy
-    query sees the same, with its own block taken from its own view. None: blocks alone decide. With n blocks
-    this is about (n + 1) / (2 n (V + 1)) of the dense mask's work.
+    query sees the same, with its own block taken from its own view. With n blocks this is about
+    (n + 1) / (2 n (V + 1)) of the dense mask's work.
     """
     into_rows = lambda x: x[:, :, :-length].unflatten(2, (views, length)).transpose(1, 2).flatten(0, 1)
     # (B * V, heads, L, d)
@@ -49,13 +48,13 @@ def blockwise_attention(
     noisy, clean = [], []
     for start in range(0, length, block_size):
         own, end = slice(start, start + block_size), start + block_size
-        seen = None if mask is None else mask[:, own, :end]
+        seen = mask[:, own, :end]
         clean.append(plain_attention(clean_q[:, :, own], clean_k[:, :, :end], clean_v[:, :, :end], seen))
         if views:
             earlier = (x[:, :, :start].repeat_interleave(views, dim=0) for x in (clean_k, clean_v))
             own_view = noisy_k[:, :, own], noisy_v[:, :, own]
             keys, values = (torch.cat(parts, dim=2) for parts in zip(earlier, own_view))
-            if seen is not None and len(seen) > 1:
+            if len(seen) > 1:
                 seen = seen.repeat_interleave(views, dim=0)
             noisy.append(plain_attention(noisy_q[:, :, own], keys, values, seen))
     if views:

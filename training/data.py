@@ -59,6 +59,8 @@ def document_of(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[boo
     if record.get("token_ids") is not None:  # an answer that `cli.py generate --output` wrote, token by token
         prompt, answer = encode_prompt(record, tokenizer), record["token_ids"]
         require(isinstance(answer, list), "its token_ids are no list")
+        idle = [key for key in ("weight", "train") if record.get(key) is not None]
+        require(not idle, f"it has `{' '.join(idle)}` beside `token_ids`, where nothing uses it; remove it")
         return prompt + answer, [False] * len(prompt) + [True] * len(answer)
     given = [key for key, value in record.items() if key in MEANING and value not in (None, "", [])]
     has = lambda format: all(record.get(key) is not None for key in format)

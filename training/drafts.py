@@ -257,7 +257,7 @@ class Drafts:
         for p in self.trained.values():
             p.data, p.requires_grad = p.data.float(), True
         limit = settings.cache_gb * 1e9
-        self.known = Known(model, corpus, 0.8 * limit)
+        self.known = Known(model, corpus, 0.8 * limit if heldout else limit)
         self.known_heldout = heldout and Known(model, heldout, 0.2 * limit)
         ids = np.unique(corpus.tokens).astype(np.int64)
         rest = np.setdiff1d(np.arange(model.config.vocab_size), ids)
@@ -289,8 +289,12 @@ class Drafts:
         loss_sum, weight_sum, kept, groups = runs.total(sums, self.device)
         (loss / weight_sum).backward()
         if dist.is_initialized():
-            for p in self.trained.values():
-                dist.all_reduce(p.grad)
+            # one collective; a gradient may be transposed as its parameter is, which NCCL would refuse
+            grads = [p.grad for p in self.trained.values()]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+                grad.copy_(part.view_as(grad))
         progress(len(rows))
         return {"draft_loss": loss_sum / weight_sum, "kept": kept / groups}
 
@@ -318,7 +322,7 @@ class Drafts:
 @steps("--rank", type=int, show_default=f"{Drafting.rank}, or the --adapter's",
        help="Rank of the adapter's products: its size, and how much it can learn.")  # fmt: skip
 @machine("--cache-gb", default=Drafting.cache_gb,
-         help="GB of known tokens' keys and values to keep; the rest is computed again.")  # fmt: skip
+         help="GB of keys and values that a process keeps; more is computed again.")  # fmt: skip
 @files("--adapter", help="Go on from this adapter: a folder or Hub id.", show_default="a new one")
 @machine("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the base.",
          show_default="float32 on CPUs, else as in the files")  # fmt: skip

@@ -3,6 +3,7 @@
 `run` drives a `Job`: next-token training and the adaptation of train.py, the drafts of drafts.py.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -154,10 +155,8 @@ def processes(device: str) -> Iterator[str]:
         return
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()  # not after a mistake, since NCCL would wait for the other processes
 
 
 @contextmanager
@@ -186,21 +185,22 @@ def one_run(device: str, threads: int | None, out: Path) -> Iterator[str]:
 
 
 class Whole(nn.Module):
-    """A model whose forward pass computes a loss.
+    """A model whose forward pass computes `loss(model)`.
 
-    FSDP2 gathers weights where a forward pass begins, and a loss needs embedding and head.
+    FSDP2 gathers weights where a forward pass begins, and a loss needs embedding and head. It would also
+    move tensors to the device; inside of `loss` they stay where they are.
     """
 
     def __init__(self, model: Qwen2, compute: torch.dtype):
         super().__init__()
         self.model, self.compute = model, compute
 
-    def forward(self, loss: Callable, *given, **named) -> Tensor:
+    def forward(self, loss: Callable[[Qwen2], Tensor]) -> Tensor:
         weight = self.model.weight
         # FSDP2 has cast the weights already; autocast would cast again, and norms to float32
         mixed = weight.dtype is not self.compute
         with torch.autocast(weight.device.type, self.compute) if mixed else nullcontext():
-            return loss(self.model, *given, **named)
+            return loss(self.model)
 
 
 def distribute(model: Qwen2, compute: torch.dtype, recompute: bool) -> Whole:
@@ -221,7 +221,7 @@ def distribute(model: Qwen2, compute: torch.dtype, recompute: bool) -> Whole:
         mesh = init_device_mesh(model.weight.device.type, (world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         for module in (*layers, whole):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to(torch.float32)
     return whole
 
@@ -263,21 +263,24 @@ def open_data(
 ) -> tuple[Corpus, Corpus | None]:
     """Training and held-out data, tokenised by the first process after it has checked that the run may go on.
 
-    run: what may not change when the run is resumed; run.json keeps it, and digests of the data and of the
-    model as it begins. Raises InputError for a folder with another run, and for data that cannot be used.
+    run: what may not change when the run is resumed; run.json keeps it, and digests of the data, of the
+    tokenizer and of the model as it begins. Raises InputError for a folder with another run, and for data
+    that cannot be used.
     """
     digest, mask = base_digest(model), model.config.mask_token_id
     for source in filter(None, (data, heldout)):
         require(source.is_file(), f"{source}: is no file, and is read more than once; save it as one.")
 
     def prepare():
-        file, now = out / "run.json", {"content": file_hash(data), "base_digest": digest} | run
+        words = hashlib.sha256(repr(sorted(tokenizer.files.items())).encode()).hexdigest()
+        made_of = {"content": file_hash(data), "base_digest": digest, "tokenizer": words}
+        file, now = out / "run.json", made_of | run
         results = (out / name for name in ("config.json", "adapter_config.json"))
         worth = checkpoints(out) or any(result.exists() for result in results)
         foreign = f"{out}: holds a model or metrics that no run has made here; take another --out."
         require(file.exists() or not worth and not (out / "metrics.jsonl").exists(), foreign)
         known = read_json(file) if worth else {}
-        files = {"content": "other data", "base_digest": "another model"}
+        files = {"content": "other data", "base_digest": "another model", "tokenizer": "another tokenizer"}
         for name, value in known.items():
             differs = f"{name} {value}, not {now.get(name)}"
             differs = f"{files[name]}, or it has changed" if name in files else differs
@@ -317,7 +320,8 @@ def save_checkpoint(out: Path, job: "Job", step: int) -> None:
     Raises InputError where it cannot be written; earlier ones stay.
     """
     place, tensors = out / "checkpoints" / f"step-{step:07d}", whole_tensors(state_tensors(job))
-    if rank() == 0:
+
+    def write():
         part = place.with_name(f".{place.name}.tmp")
         try:
             part.mkdir(parents=True)
@@ -332,7 +336,8 @@ def save_checkpoint(out: Path, job: "Job", step: int) -> None:
             shutil.rmtree(part, ignore_errors=True)
         for old in checkpoints(out)[: -job.settings.keep]:
             shutil.rmtree(old, ignore_errors=True)
-    wait_for_all()
+
+    first_process(write)
 
 
 def is_damaged(place: Path) -> bool:
@@ -347,14 +352,12 @@ def load_checkpoint(out: Path, job: "Job") -> int:
     Raises InputError where it is damaged, or of another model.
     """
     places = checkpoints(out)
-    damaged = [place.name for place in takewhile(is_damaged, reversed(places))]
-    before = places[: len(places) - len(damaged)]
-    then = f"goes on from {before[-1].name}" if before else "starts at step 0"
-    where = f"damaged checkpoints in {out / 'checkpoints'}: {', '.join(damaged)}"
-    require(not damaged, f"There are {where}; remove them, and the run {then}.")
     if not places:
         return 0
     place, tensors = places[-1], state_tensors(job)
+    then = f"goes on from {places[-2].name}" if places[1:] else "starts at step 0"
+    problem = f"{place}: the checkpoint is damaged; remove it, and the run {then}."
+    first_process(lambda: require(not is_damaged(place), problem))
     with safe_open(place / STATE, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         same = shapes == {name: list(tensor.shape) for name, tensor in tensors.items()}
