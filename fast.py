@@ -8,6 +8,7 @@
 """
 
 import math
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,6 +79,9 @@ def avoid_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+RECORDING = threading.Lock()  # CUDA lets a process record one graph at a time
+
+
 class Recorded(NamedTuple):
     """A pass as it is kept: tensors to fill before it runs, what runs it, and where its guesses appear."""
 
@@ -87,7 +91,7 @@ class Recorded(NamedTuple):
 
 
 class RecordedPasses:
-    """Passes of static shape, recorded as CUDA graphs. A replay costs the host one copy and one launch.
+    """Passes of static shape, recorded as CUDA graphs. A replay costs the host a copy or two and one launch.
 
     Make one object per model and thread, and pass it to `decode` or `generate`. It keeps the cache and the
     graphs from call to call, and serves one decoding at a time.
@@ -204,10 +208,9 @@ class RecordedPasses:
     def capture(self, run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         """Record `run` as a CUDA graph; the replay returns the same output tensor each time, filled anew.
 
-        CUDA lets a process record one graph at a time, so threads must not record together. "thread_local"
-        lets other threads allocate memory meanwhile.
+        "thread_local" lets other threads allocate memory meanwhile.
         """
-        with torch.cuda.device(device):
+        with RECORDING, torch.cuda.device(device):
             self.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # a recording needs kernels that have run before

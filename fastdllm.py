@@ -412,7 +412,7 @@ class Decoding:
         ok = self.seed is None or type(self.seed) is int and 0 <= self.seed < 2**63
         require(ok, f"seed is {self.seed!r}, it must be a whole number from 0.")
         stop = self.stop_token_ids
-        ok = isinstance(stop, (tuple, list, set, frozenset)) and all(type(i) is int for i in stop)
+        ok = isinstance(stop, (tuple, list, set, frozenset)) and all(type(i) is int and i >= 0 for i in stop)
         require(ok or stop is None, f"stop_token_ids is {stop!r}, it must be a list of token ids, or None.")
 
     def resolve(self, model: Qwen2) -> "Decoding":
@@ -573,19 +573,15 @@ class Row:
         """Accept guesses (token, confidence) of `step.positions` and complete the step."""
         commits = step.committed > self.committed
         self.committed = step.committed
-        if commits:  # the next block begins, and none of its slots was written
-            self.block_filled = False
-        elif step.kind == "refresh":
-            self.block_filled = True
-        guesses = [Guess(position, *found) for position, found in zip(step.positions, guesses)]
-        if commits:
-            # The first token of a block is predicted by the finished block before it, which holds no mask: as
-            # in AR decoding it is kept at any confidence.
-            step.revealed = guesses
-        else:
-            confidence = [guess.confidence for guess in guesses]
+        # where the next block begins, none of its slots was written
+        self.block_filled = not commits and (self.block_filled or step.kind == "refresh")
+        step.revealed = [Guess(position, *found) for position, found in zip(step.positions, guesses)]
+        # The first token of a block is predicted by the finished block before it, which holds no mask: as in
+        # AR decoding it is kept at any confidence.
+        if not commits:
+            confidence = [guess.confidence for guess in step.revealed]
             kept = accept(confidence, self.decoding.threshold, self.decoding.accept == "prefix")
-            step.revealed = [guesses[i] for i in kept]
+            step.revealed = [step.revealed[i] for i in kept]
         self.advance(step)
 
     def plan(self, kind: str, start: int, stop: int, positions: list[int], committed: int) -> Step:

@@ -39,7 +39,7 @@ from commands import console  # noqa: E402
 from commands import prompts as files  # noqa: E402
 from fast import RecordedPasses, prepack  # noqa: E402
 from fastdllm import Decoding, InputError, Qwen2, check_prompt, generate, require  # noqa: E402
-from verify import Verified  # noqa: E402
+from verify import Verified, adapter_of, choose_drafts  # noqa: E402
 
 # A way to write is a function (prompts, count) -> for each prompt at most `count` new tokens, and the number
 # of forward passes after the one over the prompt, which gives the first token.
@@ -54,6 +54,13 @@ def ours(model: Qwen2, decoding: Decoding, recorded: RecordedPasses | None = Non
         return [result.tokens for result in results], sum(result.forward_passes for result in results)
 
     return write
+
+
+def name_of(decoding: Decoding) -> str:
+    if not isinstance(decoding, Verified):
+        return "AR" if decoding.block_size == 1 else "block"
+    width = f", width {decoding.draft_width}" if decoding.draft_width else ""
+    return "verify" + width + ", ahead" * decoding.draft_ahead
 
 
 def transformers_version() -> str:
@@ -170,12 +177,13 @@ def summary(lines: list[dict]) -> str:
     )
 
 
-def ways_of(network: Qwen2, decodings: dict, packed: bool, record: bool, transformers: bool) -> dict:
-    """The ways to write with one model, by their names, which begin with its dtype."""
+def ways_of(
+    network: Qwen2, decodings: dict, recorded: RecordedPasses | None, packed: bool, transformers: bool
+) -> dict:
+    """The ways to write with one model, by their names, which begin with its dtype. Prepacks it in place."""
     where, stop = network.weight.device, next(iter(decodings.values())).resolve(network).stop_token_ids
     peer = {"Transformers": theirs(as_transformers(network), where, stop)} if transformers else {}
     network = prepack(network) if packed else network
-    recorded = RecordedPasses(network) if record and where.type == "cuda" else None
     own = {name: ours(network, decoding, recorded) for name, decoding in decodings.items()}
     return {f"{str(network.weight.dtype)[6:]} {name}": way for name, way in (own | peer).items()}
 
@@ -215,23 +223,24 @@ def main(
     console.require_writable("--output", target)
     about = {"transformers": transformers_version()} if transformers else {}
     limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": () if exact else None}
-    ways = {}
+    ways, chosen = {}, {}  # what `--verify` takes by itself, in five tries for each dtype
     for name in dtypes or [dtype]:
         network, tokenizer = build(model, adapter, device, name, threads, shape)
         config = network.config = replace(network.config, **{"tokenizer_size": None} if shape else {})
-        decodings = {"AR": Decoding(block_size=1, **limits)}
+        decodings = [Decoding(block_size=1, **limits)]
         if config.mask_token_id is not None:
-            for width in widths or [None]:
-                words = f"verify, width {width}" if width else "verify"
-                decodings[words] = Verified(draft_width=width, **limits)
-            for width in ahead:
-                words = f"verify, width {width}, ahead"
-                decodings[words] = Verified(draft_width=width, draft_ahead=True, **limits)
+            decodings += [Verified(draft_width=width, **limits) for width in widths or [None]]
+            decodings += [Verified(draft_width=width, draft_ahead=True, **limits) for width in ahead]
         if config.block_size > 1:  # random weights are sure of nothing
-            decodings["block"] = (FixedCount if shape else Decoding)(**limits)
-        ways |= ways_of(network, decodings, packed, record, transformers)
+            decodings.append((FixedCount if shape else Decoding)(**limits))
+        named = {name_of(decoding): decoding for decoding in decodings}
+        recorded = RecordedPasses(network) if record and network.weight.is_cuda else None
+        ways |= ways_of(network, named, recorded, packed, transformers)
+        if adapter and adapter_of(network).heldout_kept:
+            tries = (choose_drafts(network, Verified(**limits), batch_size, recorded) for _ in range(5))
+            chosen[str(network.weight.dtype)[6:]] = [name_of(decoding) for decoding, _ in tries]
     count = None if batches is None else batches * batch_size
-    longest = decodings["AR"].resolve(network)
+    longest = decodings[0].resolve(network)
     stop = longest.stop_token_ids
     for path in ggufs:
         require(tokenizer and batch_size == 1 and not exact, "--gguf needs a --model, and batches of one.")
@@ -262,6 +271,7 @@ def main(
                 "adapter": adapter,
                 "batch_size": batch_size,
                 "ways": list(ways),
+                "chosen": chosen,
             }
             files.write_line(output, files.environment(str(where)) | about | {"run": run})
         for write in ways.values():  # warms up

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import io
 import os
 import re
 import signal
@@ -78,6 +79,9 @@ def reports_mistakes(command: Callable) -> Callable:
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
         warnings.showwarning = lambda message, *where: say(str(message))
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and not stream.isatty():  # files and pipes are UTF-8
+                stream.reconfigure(encoding="utf-8", errors=stream.errors)
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -105,7 +109,8 @@ def require_writable(flag: str, path: Path | None, mark: str = "") -> None:
     require(folder.is_dir(), f"{flag} {path}: the folder {folder} does not exist.")
     require(path.is_file() or not path.exists(), f"{flag} {path}: is no file; name one.")
     require(os.access(folder, os.W_OK), f"{flag} {path}: nothing can be written in the folder {folder}.")
-    own = not mark or not path.exists() or mark.encode() in path.read_bytes()
+    content = path.read_bytes() if mark and path.exists() else b""
+    own = not content or mark.encode() in content
     require(own, f"{flag} {path}: holds something else; remove it, or name another file.")
 
 
@@ -241,7 +246,7 @@ model_options = options(  # which model a command opens, and where: what `open_m
 decoding_options = options(  # how an answer is decoded: what `take_decoding` takes
     method("--block-size", type=COUNT, show_default="the checkpoint's",
            help="Tokens that are denoised together; 1 is autoregressive decoding (AR)."),
-    method("--sub-block-size", type=COUNT, show_default="8, or what divides it and the block",
+    method("--sub-block-size", type=COUNT, show_default="the greatest common divisor of 8 and the block",
            help="Tokens of a block that are revealed before the next ones."),
     method("--threshold", type=click.FloatRange(0, 1), show_default="0.9",
            help="Keep guesses of more confidence than this; 1 keeps one per pass."),
@@ -274,13 +279,10 @@ def take_decoding(given: dict) -> Decoding:
     verify, names = given.pop("verify"), Verified.__dataclass_fields__
     named = {name: given.pop(name) for name in names if name in given}
     named = {name: value for name, value in named.items() if value is not None}
-    blocks = ("block_size", "sub_block_size", "threshold", "accept", "cache")
-    idle = blocks if verify else ("draft_width", "draft_ahead")
-    advice = (
-        "means nothing to --verify, which writes what AR would; leave"
-        if verify
-        else "is for --verify; add it, or leave"
-    )
+    idle, advice = ("draft_width", "draft_ahead"), "is for --verify; add it, or leave"
+    if verify:
+        idle = ("block_size", "sub_block_size", "threshold", "accept", "cache")
+        advice = "means nothing to --verify, which writes what AR would; leave"
     for name in named:
         require(name not in idle, f"{flag_of(name)} {advice} {flag_of(name)} out.")
     return (Verified if verify else Decoding)(**named)
@@ -310,6 +312,9 @@ def resolve(asked: Decoding, model: Qwen2) -> Decoding:
             say(f"without prepacked weights wide passes {parts}.")
         elif decoding.widest() > SAME_BITS:
             say(f"passes of {decoding.widest()} tokens {parts}; up to {SAME_BITS} do not.")
+    elif verify and model.weight.element_size() < 4:
+        half = str(model.weight.dtype).removeprefix("torch.")
+        say(f"in {half} rounding may depend on a pass's width here; an answer may part from AR's at a tie.")
     for name in ("top_p", "top_k", "seed"):
         if getattr(asked, name) != getattr(Decoding, name) and not asked.temperature:
             say(f"{flag_of(name)} changes nothing at temperature 0.")
@@ -317,10 +322,11 @@ def resolve(asked: Decoding, model: Qwen2) -> Decoding:
 
 
 def choose(asked: Decoding, decoding: Decoding, model: Qwen2, rows: int = 1, recorded=None) -> Decoding:
-    """The fastest way of `--verify` for so many rows, where its options leave it open; says which one it is.
+    """A fast way of `--verify` for so many rows, where its options leave it open; says which one it is.
 
     Without an adapter's counts of held-out drafts it is `decoding`: what was asked for, resolved.
     """
+    from fastdllm import rounds_by_width
     from verify import Verified, adapter_of, choose_drafts
 
     adapter = adapter_of(model)
@@ -331,14 +337,14 @@ def choose(asked: Decoding, decoding: Decoding, model: Qwen2, rows: int = 1, rec
         return decoding
     chosen, same_bits = choose_drafts(model, asked, rows, recorded)
     if not isinstance(chosen, Verified):
-        say(f"by timed passes drafts gain nothing here ({counted(rows, 'row')}), so --verify runs plain AR.")
+        little = f"by timed passes drafts gain too little here ({counted(rows, 'row')})"
+        say(f"{little}, so --verify runs plain AR.")
         return chosen
     ahead = " in every pass (--draft-ahead)" if chosen.draft_ahead else ""
     way = f"drafts of {counted(chosen.draft_width, 'token')}{ahead}"
-    say(f"--verify takes {way}, by timed passes the fastest way here.")
-    if not same_bits and model.weight.element_size() < 4:
-        half = str(model.weight.dtype).removeprefix("torch.")
-        say(f"in {half} rounding depends on a pass's width here; an answer may part from AR's at a tie.")
+    say(f"--verify takes {way}, by timed passes.")
+    if not same_bits and rounds_by_width(model):
+        say("in bfloat16 rounding depends on a pass's width here; an answer may part from AR's at a tie.")
     return chosen
 
 

@@ -141,19 +141,6 @@ def test_the_report_names_hardware_versions_command_and_every_figure(report):
     assert row(report, "ar", 1)["speed_up"] == {"median": 1, "lowest": 1, "highest": 1}
 
 
-def test_every_row_is_in_both_tables_and_said_as_soon_as_it_is_measured(report):
-    lines = report["stdout"].splitlines()
-    for found in report["rows"]:
-        name = found["decoder"].replace(" sub-block", "").replace(" threshold", "")
-        assert sum(line.startswith((f"{name}  ", f"{name}, batch")) for line in lines) == 4  # two batch sizes
-    columns = [name.strip() for name in lines[0].split("  ") if name]
-    assert len(columns) == len(set(columns)) == 9 and columns[-3] == "x overall"
-    assert len(lines[0]) <= 100
-    assert any(line.startswith("Fast on this CPU: --dtype ") for line in lines)
-    said = [line.split(":")[0] for line in report["stderr"].splitlines() if line.endswith(" tokens/s")]
-    assert said == [f"{r['decoder']}, batch {r['batch_size']}" for r in report["rows"]]
-
-
 def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch):
     runs, whole = [], speed.run
 

@@ -19,17 +19,7 @@ from checkpoint import load
 from commands import console, prompts
 from commands.evaluate import final_answer
 from fast import PrepackedLinear, prepack
-from fastdllm import Decoding, InputError, decode, generate
-
-
-def test_text_goes_to_stdout_and_statistics_to_stderr(shipped):
-    model, tokenizer = shipped
-    result = run("generate", QUESTION)
-    [expected] = generate(model, [tokenizer.chat([user(QUESTION)])], Decoding())
-    assert result.exit_code == 0
-    assert result.stdout == tokenizer.decode(expected.tokens) + "\n"
-    summary = rf"{len(expected.tokens)} tokens in {expected.forward_passes} forward passes: [\d.]+ tokens per forward, "
-    assert re.fullmatch(summary + r"[\d.]+ tokens/s, stop\n", result.stderr)
+from fastdllm import InputError, decode
 
 
 def test_without_a_prompt_what_is_piped_in_is_answered_or_else_the_sample_problem():
@@ -83,6 +73,8 @@ def test_raw_continues_the_text_and_prompt_ids_the_ids(shipped):
     raw = run_json("generate", "Mia has 12", "--raw", *few)
     by_ids = run_json("generate", "--prompt-ids", ", ".join(map(str, ids)), *few)
     assert raw["token_ids"] == by_ids["token_ids"] and raw["prompt_tokens"] == len(ids)
+    piped = run_json("generate", "--raw", *few, stdin="  Mia has 12\n")
+    assert piped["prompt_tokens"] == len(shipped[1].encode("  Mia has 12\n"))
 
 
 def test_an_empty_system_message_is_a_given_one(shipped):
@@ -93,16 +85,6 @@ def test_an_empty_system_message_is_a_given_one(shipped):
 
 def defaults(name):
     return cli.cli.commands[name].make_context(name, [], parent=cli.cli.make_context("cli", [name])).params
-
-
-def test_options_mean_the_same_everywhere_and_none_is_the_librarys_value():
-    given = {name: defaults(name) for name in cli.cli.commands}
-    for name in Decoding.__dataclass_fields__.keys() & given["generate"]:
-        assert given["generate"][name] in (None, getattr(Decoding, name))
-        assert given["generate"][name] == given["eval"][name]
-    for command in ("generate", "chat", "eval", "sweep", "bench"):
-        assert {"threads", "model", "adapter", "device", "dtype"} <= given[command].keys()
-    assert all(options["as_json"] is False for options in given.values() if "as_json" in options)
 
 
 # --- --compare ---
@@ -145,6 +127,12 @@ def test_files_of_prompts_give_answers_in_order_with_their_fields(tmp_path):
     assert len({answer.pop("run") for answer in answers}) == 1
     alone = run(*source, "--batch-size", 1)
     assert list(map(json.loads, alone.stdout.splitlines())) == answers
+
+
+def test_what_is_piped_out_is_utf8_in_every_locale(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"id": "漢", "prompt": "hi"}])
+    command = ["generate", "--device", "cpu", "--input", str(source), "--max-new-tokens", "2"]
+    assert '"id": "漢"' in CliRunner(charset="latin-1").invoke(cli.cli, command).stdout_bytes.decode()
 
 
 def test_answers_can_be_asked_again(tmp_path):
@@ -199,14 +187,6 @@ def test_a_json_array_is_no_jsonl(tmp_path):
     assert "in.json: holds a JSON array; JSONL has one object a line" in mistake(
         "generate", "--input", tmp_path / "in.json"
     )
-
-
-def test_the_prompts_file_is_never_written_over(tmp_path):
-    source, link = write_lines(tmp_path / "in.jsonl", [{"prompt": "hi"}]), tmp_path / "link.jsonl"
-    link.symlink_to(source)
-    for target in (source, link):
-        assert "holds something else" in mistake("generate", "--input", source, "--output", target)
-    assert source.read_text() == '{"prompt": "hi"}\n'
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
@@ -406,8 +386,3 @@ def test_help_starts_without_torch_and_no_command_imports_what_it_does_not_need(
     code += "cli.cli(['info'], standalone_mode=False); "
     code += "heavy = loaded('sympy', 'huggingface_hub', 'torch._dynamo', 'torch._inductor', 'commands.prompts'); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-def test_version():
-    result = CliRunner().invoke(cli.cli, ["--version"])
-    assert result.exit_code == 0 and console.VERSION in result.stdout

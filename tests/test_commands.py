@@ -1,6 +1,7 @@
 """eval, sweep, info, chat, and the views of a decoding: --watch and --trace."""
 
 import copy
+import errno
 import json
 import re
 import shutil
@@ -44,7 +45,7 @@ def test_eval_reports_accuracy_and_rates(tmp_path):
 @pytest.mark.parametrize("asked, found, words", [
     (Verified(), (Verified(draft_width=5), True), "takes drafts of 5 tokens, by timed passes"),
     (Verified(), (Verified(draft_width=3, draft_ahead=True), True), "3 tokens in every pass (--draft-ahead),"),
-    (Verified(), (Decoding(1), True), "drafts gain nothing here (4 rows), so --verify runs plain AR."),
+    (Verified(), (Decoding(1), True), "drafts gain too little here (4 rows), so --verify runs plain AR."),
     (Verified(), (Verified(draft_width=5), False), "an answer may part from AR's at a tie."),
     (Verified(draft_width=3), None, None),  # what is given decides
     (Verified(draft_ahead=True), None, None),
@@ -122,6 +123,13 @@ def test_ctrl_c_keeps_the_rows_of_a_sweep(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("size, subs", [(16, [8, 16]), (8, [8]), (12, [4, 12])])
+def test_sweep_tries_small_sub_blocks_and_the_whole_block(shipped, size, subs):
+    config, choices = replace(shipped[0].config, block_size=size), {"caches": ["block"], "thresholds": [1]}
+    ways = evaluate.ways_of(config, choices | {"sub_block_sizes": None}, {})
+    assert [way.sub_block_size for way in ways.values()][2:] == subs
+
+
 def test_sweep_refuses_sizes_that_fit_nothing():
     assert "--sub-block-size 5 does not divide --block-size 32" in mistake("sweep", "--sub-block-sizes", 5)
     for flags in ("--sub-block-sizes 0", "--thresholds 0.5,2", "--max-drop -1"):
@@ -186,6 +194,17 @@ def test_an_answer_that_was_interrupted_is_forgotten(talk, monkeypatch, capsys):
     monkeypatch.setattr(chat, "stream_answer", lambda steps, *given: next(steps) and Result(tokens=[5, 6]))
     talk.answer(QUESTION)
     assert talk.messages == [] and "forgotten" in capsys.readouterr().err
+
+
+def test_a_chat_that_nobody_reads_ends(monkeypatch):
+    asked = []
+
+    def answer(self, question):
+        asked.append(question)
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(chat.Chat, "answer", answer)
+    assert "None" not in run("chat", stdin="one\ntwo\n").stderr and asked == ["one"]
 
 
 def test_chat_greets_helps_and_says_what_each_command_did():
@@ -351,10 +370,6 @@ def test_speed_and_times_of_passes_are_of_decoding_and_not_of_showing(shipped, m
     prompts.stream_answer(steps, tokenizer, lambda text: None)
     assert len(waits) == len(times)
     assert clock[0] == 0.25 * len(waits) > 0 and [seconds for _, seconds in times] == [0.0] * len(times)
-
-
-def test_watch_is_plain_text_where_standard_output_is_no_terminal():
-    assert run("generate", QUESTION, "--watch").stdout == run("generate", QUESTION).stdout
 
 
 def trace_data(page):

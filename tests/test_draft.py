@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 from test_runs import TORCHRUN, kill_after_a_checkpoint
-from windows import causal_attend, run_sees, run_window
+from windows import run_sees, run_window
 
 import cli
 import train
@@ -56,19 +56,6 @@ def corpus(count=6, length=30, vocab=280) -> Corpus:
 
 
 # --- The adapter ---
-
-
-def test_known_tokens_never_meet_the_adapter(adapted, golden_models):
-    tokens, positions = torch.randint(0, 280, (2, 20)), torch.arange(20)[None]
-    expected = golden_models["tied"](tokens, positions, causal_attend)
-    masked = (torch.arange(20) >= 15).expand(2, 20)[..., None]
-    assert torch.equal(adapted(tokens, positions, causal_attend), expected)
-    for where in (masked & False, masked):
-        with adapter_of(adapted).on(where):
-            got = adapted(tokens, positions, causal_attend)
-        known = ~where[..., 0]
-        assert torch.equal(got[known], expected[known])
-    assert not torch.allclose(got[:, 15:], expected[:, 15:])
 
 
 def test_with_an_adapter_ar_is_the_bases_and_costs_nothing_and_verify_is_ar(

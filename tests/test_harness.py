@@ -122,15 +122,6 @@ def test_the_original_reading_scores_the_first_token_at_a_mask(subject, shipped)
 # --- Generation ---
 
 
-def test_greedy_texts_are_those_of_transformers(subject, peer):
-    ours = subject(block_size=1, batch_size=3)
-    prompts = [chat(ours, problem) for problem in PROBLEMS[:5]]
-    settings = {"until": ["####"], "max_gen_toks": 100, "do_sample": False}
-    found = write(ours, prompts, settings)
-    assert found == write(peer, prompts, settings)
-    assert not any("####" in text for text in found) and all(text.endswith(".\n") for text in found)
-
-
 def test_a_chat_prompt_is_the_checkpoints_own_template(subject, shipped):
     _, tokenizer = shipped
     ours, messages = subject(), [{"role": "user", "content": "Mia has 12 apples. How many?"}]

@@ -51,17 +51,3 @@ def test_window_equals_golden_logits_for_every_kind_of_pass(golden_models, case)
     for kind, at in (places | {"commit": start, "next": start + size}).items():
         ids = torch.tensor([case[f"{kind}_ids"]])
         same_logits(model, run_window(model, ids, [at], cache, size), case[kind])
-
-
-@pytest.mark.parametrize("size", [1, 4, 8, 12])
-@torch.inference_mode()
-def test_committed_blocks_equal_one_uncached_forward(tied, size, rng):
-    cache = KVCache(tied.config, 1, 48, tied.weight)
-    ids, noise = torch.randint(0, 280, (2, 1, 48), generator=rng)
-    hidden = [run_window(tied, ids[:, :24], [0], cache, size)]
-    for start in range(24, 48, size):
-        block = slice(start, start + size)
-        run_window(tied, noise[:, block], [start], cache, size)  # leaves nothing behind
-        hidden.append(run_window(tied, ids[:, block], [start], cache, size))
-    whole = block_forward(tied, ids[0].tolist(), size)
-    torch.testing.assert_close(torch.cat(hidden, dim=1), whole, atol=1e-4, rtol=1e-4)

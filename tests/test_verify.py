@@ -203,6 +203,7 @@ FLAT = {(1, 0): 1.0, (1, 5): 1.2, (6, 0): 1.1, (4, 3): 1.3}  # wide passes are n
 CASES = [
     (FLAT, (3, True)),
     (FLAT | {(4, 3): 2.5}, (5, False)),
+    (FLAT | {(4, 3): 1.42}, (5, False)),  # drafts ahead gain less than their margin
     (FLAT | {(1, 5): 3.0, (6, 0): 3.0, (4, 3): 6.0}, (None, None)),  # a busy or slow processor: AR
     (FLAT | {(1, 5): 2.3, (6, 0): 2.3, (4, 3): 6.0}, (None, None)),  # a gain of less than noise
 ]
