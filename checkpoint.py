@@ -118,6 +118,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
 SANDBOX = Sandbox()
 
 
+def require_written(messages: list[dict], text: str) -> None:
+    """Raises InputError where a template has left a message out of `text`. It may rewrite answers and results."""
+    text = "".join(text.split())
+    for role, content in ((message["role"], message.get("content")) for message in messages):
+        rewritten = role in ("assistant", "tool") or not isinstance(content, str)
+        left_out = (
+            f"The chat template leaves the {brief(role)} message out; put its text into another message."
+        )
+        require(rewritten or "".join(content.split()) in text, left_out)
+
+
 # --- Tokenizer ---
 
 # how Qwen2 splits text into words before byte-pair encoding
@@ -198,14 +209,10 @@ class Tokenizer:
         messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         text = SANDBOX.write(template, self.special | given)
-        squeezed = "".join(text.split())
-        for role, content in ((message["role"], message.get("content")) for message in messages):
+        for content in (message.get("content") for message in messages):
             as_code = isinstance(content, (list, dict)) and str(content) in text
             require(not as_code, "The chat template writes a content of parts as code; make it one text.")
-            rewritten = role in ("assistant", "tool") or not isinstance(content, str)  # as templates may
-            written = rewritten or "".join(content.split()) in squeezed
-            left_out = f"The chat template leaves the {brief(role)} message out"
-            require(written, f"{left_out}; put its text into another message.")
+        require_written([message for message in messages[:1] if message["role"] == "system"], text)
         return text
 
     def default_system(self) -> str | None:

@@ -13,7 +13,7 @@ import click
 
 from checkpoint import Tokenizer
 from commands.console import SHIPPED, sentence_of
-from commands.prompts import stream_answer
+from commands.prompts import chat_ids, stream_answer
 from fastdllm import Decoding, InputError, KVCache, Qwen2, Step, decode, require
 
 with suppress(ImportError):  # a history and editing keys for `input`, where the system has them
@@ -92,7 +92,7 @@ class Chat:
         Raises InputError where there is no room for it.
         """
         turn = {"role": "user", "content": question}
-        prompt = self.tokenizer.chat([*self.messages, turn])
+        prompt = chat_ids([*self.messages, turn], None, self.tokenizer)
         most = self.model.config.max_position_embeddings
         room = most - len(prompt)
         require(room > 0, f"The conversation has outgrown the model's {most} positions; /clear it.")

@@ -22,7 +22,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from checkpoint import Tokenizer, locate, replace_file, shards
+from checkpoint import Tokenizer, locate, replace_file, require_written, shards
 from commands import console
 from fastdllm import Config, Decoding, InputError, Qwen2, Result, Step, check_prompt, decode, require
 from verify import ADAPTER_FILES, ADAPTER_WEIGHTS, Verified
@@ -77,7 +77,14 @@ def encode_prompt(
         first = messages[0].get("role")
         require(first != "system", "The messages have a system message already; leave --system out.")
         messages = [{"role": "system", "content": system}, *messages]
-    return tokenizer.chat(messages, tools_of(request))
+    return chat_ids(messages, tools_of(request), tokenizer)
+
+
+def chat_ids(messages: list[dict], tools: list | None, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a chat. Raises InputError also where the template leaves a message out."""
+    text = tokenizer.render(messages, tools)
+    require_written(messages, text)
+    return tokenizer.encode(text)
 
 
 def encode_prompts(

@@ -229,6 +229,11 @@ UNUSED = [
     (PLAIN, {"messages": chat("a", "b"), "tools": TOOLS}, "no place for tools"),
     ("{{ messages[0].content }}", {"messages": chat("a", "b")}, "leaves out the `content`"),
     (R1, {"messages": chat("a", "thoughts</think>")}, "leaves out the `content`"),
+    (
+        "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}",
+        {"messages": chat("a", "b")},
+        "leaves the user message out",
+    ),
 ]
 
 

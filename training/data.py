@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import MASK, Tokenizer, write_tensors
+from checkpoint import MASK, Tokenizer, require_written, write_tensors
 from commands.console import say
 from commands.prompts import encode_prompt, tools_of
 from fastdllm import Config, InputError, require, round_up
@@ -160,6 +160,7 @@ def chat_document(
             elif content and written.endswith(content):
                 say_once("the chat template ends an answer without an end token, so no model learns to stop.")
     whole = texts[-1]
+    require_written(messages[: answers[-1]], whole)
     if not all(map(whole.startswith, texts)):
         say_once("the chat template rewrites earlier turns, so of a chat only the last answer trains.")
         spans = spans[-1:] if trained[answers[-1]] else []
