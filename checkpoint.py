@@ -119,7 +119,7 @@ SANDBOX = Sandbox()
 
 
 def require_written(messages: list[dict], text: str) -> None:
-    """Raises InputError where a template has left a message out of `text`. It may rewrite answers and results."""
+    """Raises InputError where a template left a message out of `text`; it may rewrite answers and results."""
     text = "".join(text.split())
     for role, content in ((message["role"], message.get("content")) for message in messages):
         rewritten = role in ("assistant", "tool") or not isinstance(content, str)

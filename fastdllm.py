@@ -284,7 +284,8 @@ class Qwen2(nn.Module):
 
 # --- Windows ---
 # Every pass is the same call on another window [start, start + T) of positions. It writes the window's keys
-# and values into the cache in place, and each query sees all slots up to the end of its own block:
+# and values into the cache in place. In block diffusion and AR each query sees all slots up to the end of its
+# own block (`verify.draft_window` says what drafts see):
 #
 #                earlier blocks   block in work
 # prefill        wwwwwwwwwwwwww
@@ -385,14 +386,14 @@ class Decoding:
     """
 
     block_size: int | None = None  # tokens denoised together, 1 is AR; None: the checkpoint's
-    sub_block_size: int | None = None  # tokens revealed before the next ones; None: gcd(8, block_size)
+    sub_block_size: int | None = None  # a block is guessed in such parts, in order; None: gcd(8, block_size)
     threshold: float | None = None  # guesses of more confidence are kept, 1 keeps one per pass; None: 0.9
     cache: str = "block"  # reuse: "none", "block" of finished blocks, "dual" also of the unfinished block
     max_new_tokens: int = 256  # the longest answer
     temperature: float = 0.0  # 0: the most probable token, else sample
     top_p: float = 1.0  # nucleus of the sampling
     stop_token_ids: Sequence[int] | None = None  # None: the checkpoint's; (): none
-    seed: int | None = None  # all prompts draw by the same numbers; None: others each time
+    seed: int | None = None  # every prompt starts from it; None: a new one each time
     accept: str = "threshold"  # keep all guesses above the threshold, or only a "prefix" of them
     batch_size: int = 16  # prompts decoded at the same time
     top_k: int | None = None  # sample from so many tokens only; None: from all
@@ -496,7 +497,7 @@ class Step:
     positions: list[int]  # to guess
     outputs: list[int]  # for each of them, the place in the window whose output predicts it
     draws: Tensor  # a uniform number for each of them, at temperatures above 0
-    committed: int  # once this step has run, keys and values before this position are final
+    committed: int  # keys and values before here are final after it; `take` adds the drafts that it keeps
     prompt: int = 0  # the prompt's index
     width: int = 0  # steps of equal width may share a pass; at least len(tokens)
     revealed: list[Guess] = field(default_factory=list)  # guesses that were kept
@@ -573,7 +574,7 @@ class Row:
         """Accept guesses (token, confidence) of `step.positions` and complete the step."""
         commits = step.committed > self.committed
         self.committed = step.committed
-        # where the next block begins, none of its slots was written
+        # after a commit a new block begins, and none of its slots is written yet
         self.block_filled = not commits and (self.block_filled or step.kind == "refresh")
         step.revealed = [Guess(position, *found) for position, found in zip(step.positions, guesses)]
         # The first token of a block is predicted by the finished block before it, which holds no mask: as in
@@ -656,12 +657,12 @@ def decode(
     Rows with windows of equal width share a forward pass, and so do prompts of nearly the same length. A
     finished row's place goes to the next prompt. A caller may end a row by setting the step's finish_reason.
 
-    A prompt gets the tokens that it gets alone, since nothing in a shared pass goes from row to row: each row
-    has a row of the cache, positions and a random generator of its own. Shorter windows are padded on the
-    right, where no real token sees the padding. The slots that padding or an earlier prompt has written are
-    zeroed or overwritten before a token of this row sees them. What is left is rounding, which may depend
-    on how many tokens share a pass: in float32 too little to have changed a token in any test, in bfloat16
-    not always.
+    But for rounding a prompt gets the tokens that it gets alone: nothing in a shared pass goes from row to
+    row. Each row has a row of the cache, positions and a random generator of its own. Shorter windows are
+    padded on the right, where no real token sees the padding. The slots that padding or an earlier prompt
+    has written are zeroed or overwritten before a token of this row sees them. Rounding may depend on how
+    many tokens share a pass: in float32 too little to have changed a token in any test, in bfloat16 not
+    always.
 
     recorded: `fast.RecordedPasses`, for CUDA.
     cache, cached: for one prompt, the keys and values of its first `cached` positions, whole blocks.

@@ -268,7 +268,7 @@ class Training(RunSettings):
             require(ok, f"--{name} is {value!r}, it must be {' or '.join(choices)}.")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up from 0, then constant, or a cosine that would be 0 a step after the last."""
+        """Linear warm-up, then constant, or a cosine that would be 0 a step after the last."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -363,7 +363,7 @@ class Adaptation:
             numbers, part = zip(*mine[at : at + settings.micro_batch])
             seeds = [[*seed, number] for number in numbers]
             parts.append(noisy_batch(corpus, part, seeds, self.pad, self.size, settings))
-        # one count serves both losses: a target is masked in one of the views, and it is one next token
+        # one count serves both losses: each target is masked in one view, and is the next token once
         targets = sum(int(targets_of(trainable, documents).sum()) for _, trainable, documents, _ in parts)
         [count] = runs.total([targets], self.device)  # of all processes
         sums = dict.fromkeys(self.weights, 0.0)

@@ -166,7 +166,7 @@ class VerifiedRow(Row):
         sees = draft_window(start, len(causal), masks)
         positions = [token.position + 1 for token in sees]  # token shift
         draws, outputs = self.draw(positions), list(range(len(tokens)))
-        # all count as equally wide, or rows with little room left would wait for each other
+        # all count as equally wide, so that rows with fewer drafts share a pass with others, padded
         shared = self.decoding.widest()
         return Step(
             kind, start, tokens, sees, positions, outputs, draws, self.settled, self.index, width=shared
@@ -223,9 +223,9 @@ def draft_window(start: int, causal: int, masks: int) -> list[Sees]:
 # Whether drafts pay depends on the device: on what a wide pass costs beside a pass over one token.
 
 AHEAD_WIDTH = 3  # of drafts ahead: 16 tokens a pass
-# Times AR's speed that drafts, or drafts ahead, must reach to be chosen: more than noise. Drafts ahead start
-# right behind a refused draft, where text is harder than the counts say, and on text that drafts well the
-# longer chain gains more.
+# Drafts must be so many times as fast as AR to be chosen: more than noise. Drafts ahead need more, since the
+# counts flatter them: they start right behind a refused draft, where text is harder, and on text that drafts
+# well the longer chain gains more.
 DRAFTS_MARGIN, AHEAD_MARGIN = 1.04, 1.14
 TRIAL_ROWS = 8  # most rows of a timed pass, so that it stays short
 TRIAL_START = 192  # positions before a timed pass
@@ -236,8 +236,8 @@ TRIAL_SECONDS = 0.5  # after these no more tries, but each pass has two
 def time_passes(
     model: Qwen2, decoding: Verified, shapes: Iterable[tuple[int, int]], rows: int, recorded=None
 ) -> tuple[dict[tuple[int, int], float], bool]:
-    """Seconds of each pass over all rows, the fastest of some tries; and whether all first tokens had the
-    same bits.
+    """Seconds of each pass over all rows, the fastest of some tries; and whether the first token's guess and
+    confidence were the same in all.
 
     shapes: of each pass, the number of known tokens, and of masks behind each of them.
     """
@@ -272,10 +272,10 @@ def time_passes(
 def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None) -> tuple[Decoding, bool]:
     """How to write AR's text fast on this device: by drafts, by drafts ahead, or by AR itself.
 
-    It follows from about a second of timed passes over so many rows, and from the adapter's counts of
-    held-out drafts. Where the margins are not reached it is AR. Returns resolved options, and whether a
-    token's bits were the same in passes of all widths. Raises InputError for a model without an adapter that
-    has counts.
+    It follows from about a second of timed passes over `rows` rows, at most 8, and from the adapter's counts
+    of held-out drafts. Where the margins are not reached it is AR. Returns resolved options, and whether a
+    token's guess was the same to the bit in passes of all widths. Raises InputError for a model without an
+    adapter that has counts.
     """
     adapter, decoding = adapter_of(model), replace(decoding, draft_ahead=False).resolve(model)
     counts = adapter and adapter.heldout_kept
@@ -286,7 +286,7 @@ def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None
     most = min(decoding.batch_size, SAME_BITS) if rounds_by_width(model) else decoding.batch_size
     ar = replace(Decoding(**names).resolve(model), batch_size=most)
     in_every_pass = replace(decoding, draft_width=ahead, draft_ahead=True)
-    # each way, its passes (known tokens, masks behind each), and the tokens that these write over its margin
+    # each way, its passes (known tokens, masks behind each), and the tokens that they write by its margin
     ways = [
         (ar, [(1, 0)], 1),
         (decoding, [(1, width), (width + 1, 0)], (2 + kept(width)) / DRAFTS_MARGIN),

@@ -78,7 +78,7 @@ def anchors_of(trainable: np.ndarray) -> np.ndarray:
 def endless_groups(corpus: Corpus, anchors: int, seed: int) -> Iterator[tuple[int, list[int]]]:
     """Rows in a random order. A row is a document and so many `anchors` in it.
 
-    Every anchor comes once an epoch. Where a document has too few left for a row, some are repeated.
+    Every anchor comes at least once an epoch: where a document has too few left for a row, some are repeated.
     """
     for epoch in count():
         rng, rows = np.random.default_rng([seed, epoch]), []
@@ -184,7 +184,7 @@ def draft_loss(
     others: Tensor,
     weigh: Callable = draft_weights,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of cross entropies, sum of weights, and how many drafts are kept.
+    """Weighted sum of cross entropies, sum of weights, and how many drafts would be kept among these tokens.
 
     hidden (B, G, w, D), targets (B, G, w). The head runs over two sets of tokens. `ids` (sorted) holds all
     targets. `others` is a random sample of the remaining vocabulary; its logits are raised so that it stands
