@@ -163,8 +163,8 @@ def answer_one(
         result = stream_answer(steps, tokenizer, show)
         return report(result, prompt, tokenizer, passes[-1][1] if passes else None), passes
 
-    for way in (ar, decoding) if compare or trace else ():
-        list(islice(decode(model, [prompt], way, recorded), 4))  # the first passes after loading are slow
+    for way in (ar, decoding) if compare or trace else ():  # the first passes are slow: on CUDA they record
+        list(islice(decode(model, [prompt], way, recorded), None if recorded else 4))
     found, passes = answer(decoding, silent if as_json else show, drawn)
     if not as_json:
         click.echo()

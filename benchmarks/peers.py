@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from speed import FixedCount, build, random_prompts, table, wait  # noqa: E402
+from speed import FixedCount, FixedDrafts, build, random_prompts, table, wait  # noqa: E402
 
 from checkpoint import unparse_config  # noqa: E402
 from commands import console  # noqa: E402
@@ -63,16 +64,13 @@ def name_of(decoding: Decoding) -> str:
     return "verify" + width + ", ahead" * decoding.draft_ahead
 
 
-def transformers_version() -> str:
-    """Raises InputError where Transformers is not installed."""
+def needed(package: str, instead: str):
+    """An installed package. Raises InputError where it is not installed."""
     try:
-        from transformers import __version__ as version
+        return import_module(package)
     except ImportError:
-        missing = (
-            "Transformers is not installed: pip install -r benchmarks/requirements.txt, or --no-transformers."
-        )
-        raise InputError(missing) from None
-    return version
+        how = "pip install -r benchmarks/requirements.txt"
+        raise InputError(f"{package.capitalize()} is not installed: {how}, or {instead}.") from None
 
 
 def as_transformers(model: Qwen2):
@@ -112,18 +110,12 @@ def theirs(peer, device: torch.device, stop_token_ids: tuple[int, ...]) -> Calla
 
 def llama_cpp(file: Path, tokenizer, stop_token_ids: tuple[int, ...]) -> Callable:
     """llama.cpp's greedy completion by a GGUF file as a way, on the CPU."""
-    try:
-        from xllamacpp import CommonParams, Server
-    except ImportError:
-        missing = (
-            "xllamacpp is not installed: pip install -r benchmarks/requirements.txt, or leave --gguf out."
-        )
-        raise InputError(missing) from None
-    params = CommonParams()
+    library = needed("xllamacpp", "leave --gguf out")
+    params = library.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(file), 4096, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.verbosity = -1  # only the table is printed
-    server = Server(params)
+    server = library.Server(params)
 
     def write(prompts: list[list[int]], count: int) -> tuple[list[list[int]], int]:
         answers = []
@@ -221,7 +213,8 @@ def main(
         click.echo(summary(lines))
         return
     console.require_writable("--output", target)
-    about = {"transformers": transformers_version()} if transformers else {}
+    instead = "--no-transformers"
+    about = {"transformers": needed("transformers", instead).__version__} if transformers else {}
     limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": () if exact else None}
     ways, chosen = {}, {}  # what `--verify` takes by itself, in five tries for each dtype
     for name in dtypes or [dtype]:
@@ -229,9 +222,10 @@ def main(
         config = network.config = replace(network.config, **{"tokenizer_size": None} if shape else {})
         decodings = [Decoding(block_size=1, **limits)]
         if config.mask_token_id is not None:
-            decodings += [Verified(draft_width=width, **limits) for width in widths or [None]]
-            decodings += [Verified(draft_width=width, draft_ahead=True, **limits) for width in ahead]
-        if config.block_size > 1:  # random weights are sure of nothing
+            kind = FixedDrafts if shape else Verified  # random weights are sure of nothing
+            decodings += [kind(draft_width=width, **limits) for width in widths or [None]]
+            decodings += [kind(draft_width=width, draft_ahead=True, **limits) for width in ahead]
+        if config.block_size > 1:
             decodings.append((FixedCount if shape else Decoding)(**limits))
         named = {name_of(decoding): decoding for decoding in decodings}
         recorded = RecordedPasses(network) if record and network.weight.is_cuda else None
@@ -266,16 +260,15 @@ def main(
         files.cut_half_a_line(target)  # a killed run leaves it
         where = network.weight.device
         if not header:
-            about |= {
-                "model": shape or model,
-                "adapter": adapter,
-                "batch_size": batch_size,
-                "ways": list(ways),
-                "chosen": chosen,
-            }
+            about |= {"model": shape or model, "adapter": adapter, "batch_size": batch_size}
+            about |= {"ways": list(ways), "chosen": chosen}
             files.write_line(output, files.environment(str(where)) | about | {"run": run})
-        for write in ways.values():  # warms up
-            write(prompts[:batch_size], min(8, max_new_tokens))
+        # warms up; on CUDA all shapes are recorded, those of the longest prompts first
+        spans = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+        spans.sort(key=lambda span: -max(map(len, span)))
+        for write in ways.values():
+            for span in spans if recorded else spans[:1]:
+                write(span, max_new_tokens if recorded else min(8, max_new_tokens))
         try:
             for start in tqdm(range(len(done) * batch_size, len(prompts), batch_size), unit="batch"):
                 texts, names = prompts[start : start + batch_size], list(ways)

@@ -4,12 +4,13 @@
 # afterwards; the weights stay in WORK. It needs no hand: interrupted or out of time, the same command goes on.
 #
 #   bash benchmarks/real.sh run MODEL DATA WORK RESULTS [SECONDS]   # ends by itself after SECONDS, else 540
-#   bash benchmarks/real.sh cut MODEL PIECES     # the weights in pieces of 60 MiB, for machines that take less
+#   bash benchmarks/real.sh cut MODEL PIECES     # the weights in pieces of 38 MB, for machines that take less
 #   bash benchmarks/real.sh join PIECES MODEL    # than 64 MiB at once, with the other files; and back, checked
 #   quick=1 bash benchmarks/real.sh run tiny/checkpoint DATA WORK RESULTS   # on a CPU: does the script work?
 #
 # DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl, mbpp_train.jsonl and humaneval.jsonl as they are published.
-# The exit status is 75 where time ran out.
+# The exit status is 75 where time ran out. STEPS and MICRO set the adaptation's steps and micro-batch (a later
+# call may raise STEPS), and COUNT the problems of GSM8K, where time or memory is short.
 #
 # Memory: backward keeps 68,160 bytes for each token in each layer; a row of 2,048 has 3 x 2,048 tokens (two views
 # and the clean copy) in 24 layers, 10.1 GB. So --micro-batch 4 keeps 40 GB; weights, gradients and AdamW's state
@@ -27,7 +28,7 @@ absolute() { realpath -m -- "$1"; }
 case ${1:-}:$# in
   cut:3)
     mkdir -p "$3"
-    split -b 60M -d -a 3 "$2/model.safetensors" "$3/weights."
+    split -b 38M -d -a 3 "$2/model.safetensors" "$3/weights."
     (cd "$2" && sha256sum model.safetensors) >"$3/sha256"
     find "$2" -maxdepth 1 -type f ! -name '*.safetensors' -exec cp {} "$3" \;
     exit ;;
@@ -47,14 +48,19 @@ model=$(absolute "$2") data=$(absolute "$3") work=$(absolute "$4") results=$(abs
 ends=$((SECONDS + ${6:-540}))
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-device=cuda longest=512 most=1500 batch=128 problems=("$data/gsm8k_test.jsonl" --paper-prompt)
+device=cuda longest=512 most=1500 batch=128
+problems=("$data/gsm8k_test.jsonl" --paper-prompt ${COUNT:+--count "$COUNT"})
 train=$data/gsm8k_train.jsonl
-adapt=(--steps 610 --batch-size 16 --micro-batch 4 --seq-len 2048 --lr 3e-5 --warmup 50 --save-every 40)
+adapt=(--steps "${STEPS:-610}" --batch-size 16 --micro-batch "${MICRO:-4}" --seq-len 2048 --lr 3e-5 --warmup 50 --save-every 40)
 if [ -n "${quick:-}" ]; then
   device=cpu longest=16 most=2 batch=2 problems=(tiny/sample.jsonl --count 2) train=tiny/sample.jsonl
   adapt=(--steps 2 --batch-size 2 --seq-len 192 --lr 1e-5 --warmup 1 --save-every 1)
 fi
+for name in gsm8k_train gsm8k_test mbpp_train humaneval; do # before anything runs
+  [ -n "${quick:-}" ] || [ -s "$data/$name.jsonl" ] || { echo "$data/$name.jsonl is missing." >&2; exit 2; }
+done
 mkdir -p "$work" "$results"
+trap 'cp -f "$work/adapted/metrics.jsonl" "$results" 2>/dev/null || :' EXIT
 export TQDM_MININTERVAL=10
 
 timed() { # a command, for the time that is left; where that is too short, the script ends and goes on next time
@@ -91,7 +97,6 @@ if [ ! -e "$work/adapted/model.safetensors" ]; then
   timed "$python" train.py adapt --model "$model" --data "$work/data.jsonl" --out "$work/adapted" --device "$device" \
     --block-size 32 --save-dtype bfloat16 "${adapt[@]}"
 fi
-cp "$work/adapted/metrics.jsonl" "$results"
 
 # 3. Judged
 if [ -n "${quick:-}" ]; then

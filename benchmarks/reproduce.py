@@ -118,14 +118,8 @@ def accuracy_line(axis, rows, colour, label=None, shift=0.0):
 def speed_line(axis, rows, colour, label=None, shift=0.0, over=None):
     """Tokens per second, median and range of the rounds; `over`: divided by these speeds."""
     keys, over = ("tokens_per_second", "lowest", "highest"), over or [1] * len(rows)
-    line(
-        axis,
-        rows,
-        *([row[key] / base for row, base in zip(rows, over)] for key in keys),
-        colour,
-        label,
-        shift,
-    )
+    spans = ([row[key] / base for row, base in zip(rows, over)] for key in keys)
+    line(axis, rows, *spans, colour, label, shift)
 
 
 def label_axis(axis, name, values):

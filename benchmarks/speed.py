@@ -48,7 +48,7 @@ from commands.evaluate import read_problems  # noqa: E402
 from commands.prompts import environment, options_of, rates  # noqa: E402
 from fast import PrepackedLinear, RecordedPasses, avoid_cudnn_attention, prepack  # noqa: E402
 from fastdllm import Config, Decoding, Qwen2, Result, Row, Step, check_prompt, require  # noqa: E402
-from verify import Verified  # noqa: E402
+from verify import Verified, VerifiedRow  # noqa: E402
 
 QWEN = {"max_position_embeddings": 32768, "block_size": 32, "mask_token_id": 151665, "tokenizer_size": 151666}
 SHAPES = {  # of Qwen2.5; "tiny" is for trying things out
@@ -56,11 +56,6 @@ SHAPES = {  # of Qwen2.5; "tiny" is for trying things out
     "0.5b": Config(151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True, **QWEN),
     "1.5b": Config(151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True, **QWEN),
     "7b": Config(152064, 3584, 18944, 28, 28, 4, 128, **QWEN),
-}
-CAUSAL = {  # decoders without diffusion blocks
-    "ar": partial(Decoding, block_size=1),
-    "verify": Verified,
-    "ahead": partial(Verified, draft_ahead=True),
 }
 BLOCKWISE = {
     "block": {},
@@ -90,6 +85,22 @@ class FixedCountRow(Row):
             order = sorted(order, key=lambda i: -guesses[i][1])
         kept = order[: self.decoding.guesses_per_pass]
         super().take(step, [(token, float(i in kept)) for i, (token, _) in enumerate(guesses)])
+
+
+@dataclass(frozen=True)
+class FixedDrafts(Verified):
+    """Keeps a fixed number of drafts in each verifying pass, whatever AR would write."""
+
+    guesses_per_pass: int = 3
+
+    def row(self, prompt: Sequence[int], mask: int, cached: int = 0, index: int = 0) -> VerifiedRow:
+        return FixedDraftsRow(prompt, self, mask, cached, index)
+
+
+class FixedDraftsRow(VerifiedRow):
+    def take(self, step: Step, guesses: list[tuple[int, float]]) -> None:
+        kept = self.drafts[: self.decoding.guesses_per_pass]
+        super().take(step, [(draft.token, 1.0) for draft in kept] + guesses[len(kept) :])
 
 
 def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0) -> Qwen2:
@@ -143,12 +154,18 @@ def plan(
 ) -> dict[str, Decoding]:
     """Ways to decode, resolved, by a label. Raises InputError for what cannot work.
 
-    rules: what the decoders with blocks keep, {"threshold": 0.9} or {"guesses_per_pass": 3}.
+    rules: what is kept of a pass, thresholds such as {"threshold": 0.9}, or one {"guesses_per_pass": 3}. AR
+    keeps its one token; verification what AR says, or the number.
     """
-    found = {}
+    found, count = {}, rules[0].get("guesses_per_pass")
     for name in decoders:
-        if name in CAUSAL:
-            found[name] = CAUSAL[name](**common).resolve(model)
+        if name == "ar":
+            found[name] = Decoding(block_size=1, **common).resolve(model)
+            continue
+        if name in ("verify", "ahead"):
+            kind, label = (FixedDrafts, f"{name}, {count} a pass") if count else (Verified, name)
+            given = common | ({"guesses_per_pass": count} if count else {})
+            found[label] = kind(draft_ahead=name == "ahead", **given).resolve(model)
             continue
         plain = "The checkpoint has no diffusion block: only --decoders ar works, and verify with an adapter."
         require(model.config.block_size > 1, plain)

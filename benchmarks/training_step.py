@@ -61,9 +61,11 @@ def train(config: Config, steps: int, options: list[str], env: dict[str, str]) -
         line += ["--out", out, "--steps", 10**6, "--save-every", 10**6, *options]
         pipe = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | env}
         with subprocess.Popen([*map(str, line)], **pipe) as process:
-            while process.poll() is None and len(log()) < steps:
-                time.sleep(0.02)
-            process.terminate()
+            try:
+                while process.poll() is None and len(log()) < steps:
+                    time.sleep(0.02)
+            finally:  # also where this program is stopped
+                process.terminate()
             printed = process.communicate()[0]
         require(len(log()) >= steps, "train.py failed; its message is above.")
         return [json.loads(record) for record in log()[:steps]], int(printed.split()[-1])
@@ -93,6 +95,7 @@ def main(shape, data, device, seq_len, micro_batch, steps, recompute, target):
     # the layers see two noisy views and a clean copy, and the head each token once; backward costs twice
     tokens = micro_batch * seq_len
     work = 2 * 3 * tokens * (3 * layers + config.vocab_size * config.hidden_size)
+    about = {"shape": shape, "seq_len": seq_len, "micro_batch": micro_batch, "recompute": recompute}
     ways = {"chosen": {}} | ({"dense": {"PATH": "", "CC": ""}} if device.startswith("cuda") else {})
     for name, env in ways.items():
         log, memory = train(config, steps + 1, options, env)
@@ -100,9 +103,8 @@ def main(shape, data, device, seq_len, micro_batch, steps, recompute, target):
         row = {"attention": name, "tokens_per_second": tokens / seconds, "flop_per_second": work / seconds}
         rows.append(row | {"peak_memory_mib": memory / 2**20, "loss": log[-1]["diffusion_loss"]})
         click.echo("  ".join(f"{key}: {value}" for key, value in rows[-1].items()))
-    about = {"shape": shape, "seq_len": seq_len, "micro_batch": micro_batch, "recompute": recompute}
-    if target:
-        target.write_text(json.dumps(environment(device) | about | {"rows": rows}, indent=1) + "\n")
+        if target:
+            target.write_text(json.dumps(environment(device) | about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def row(report: dict, decoder: str, batch_size: int) -> dict:
 def test_tokens_per_forward_at_a_fixed_rate_is_what_arithmetic_gives(report):
     # the prefill writes the first token, so sub-blocks hold 7, 8, 8 and 8 masks: 3 passes each at 3 a pass;
     # the first block's commit writes the second block's first token, and the last block is not committed
-    passes = {"ar": 63, "block": 12 + 1 + 12}
+    # a draft and a verifying pass write 1 + 3 + 1 tokens: 12 times, and once the last 3
+    passes = {"ar": 63, "block": 12 + 1 + 12, "verify": 26}
     for decoder, count in passes.items():  # with DualCache rows may wait for windows of unlike width
         alone, both = row(report, decoder, 1), row(report, decoder, 2)
         assert alone["tokens_per_forward"] == both["tokens_per_forward"] == 64 / count
