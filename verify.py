@@ -222,6 +222,7 @@ def draft_window(start: int, causal: int, masks: int) -> list[Sees]:
 # --- Choice ---
 # Whether drafts pay depends on the device: on what a wide pass costs beside a pass over one token.
 
+SHORT_WIDTH = 5  # of the chain to try beside the adapter's: for devices where each token of a pass costs
 AHEAD_WIDTH = 3  # of drafts ahead: 16 tokens a pass
 # Drafts must be so many times as fast as AR to be chosen: more than noise. Drafts ahead need more, since the
 # counts flatter them: they start right behind a refused draft, where text is harder, and on text that drafts
@@ -270,7 +271,7 @@ def time_passes(
 
 
 def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None) -> tuple[Decoding, bool]:
-    """How to write AR's text fast on this device: by drafts, by drafts ahead, or by AR itself.
+    """How to write AR's text fast on this device: by longer or shorter drafts, by drafts ahead, or by AR.
 
     It follows from about a second of timed passes over `rows` rows, at most 8, and from the adapter's counts
     of held-out drafts. Where the margins are not reached it is AR. Returns resolved options, and whether a
@@ -281,17 +282,18 @@ def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None
     counts = adapter and adapter.heldout_kept
     require(counts, "A choice needs an adapter with heldout_kept in its adapter_config.json.")
     kept = lambda width: sum(min(n, width) * drafts for n, drafts in enumerate(counts)) / sum(counts)
-    width, ahead = decoding.draft_width, min(AHEAD_WIDTH, decoding.draft_width)
+    widths = sorted({min(SHORT_WIDTH, decoding.draft_width), decoding.draft_width})
+    ahead = min(AHEAD_WIDTH, decoding.draft_width)
     names = {field.name: getattr(decoding, field.name) for field in fields(Decoding)}
     most = min(decoding.batch_size, SAME_BITS) if rounds_by_width(model) else decoding.batch_size
     ar = replace(Decoding(**names).resolve(model), batch_size=most)
-    in_every_pass = replace(decoding, draft_width=ahead, draft_ahead=True)
     # each way, its passes (known tokens, masks behind each), and the tokens that they write by its margin
-    ways = [
-        (ar, [(1, 0)], 1),
-        (decoding, [(1, width), (width + 1, 0)], (2 + kept(width)) / DRAFTS_MARGIN),
-        (in_every_pass, [(ahead + 1, ahead)], (1 + kept(ahead)) / AHEAD_MARGIN),
-    ]
+    ways = [(ar, [(1, 0)], 1)]
+    for width in widths:
+        chain = replace(decoding, draft_width=width)
+        ways.append((chain, [(1, width), (width + 1, 0)], (2 + kept(width)) / DRAFTS_MARGIN))
+    in_every_pass = replace(decoding, draft_width=ahead, draft_ahead=True)
+    ways.append((in_every_pass, [(ahead + 1, ahead)], (1 + kept(ahead)) / AHEAD_MARGIN))
     shapes = [shape for _, passes, _ in ways for shape in passes]
     seconds, same_bits = time_passes(model, decoding, shapes, min(rows, TRIAL_ROWS), recorded)
     speed = lambda way: way[2] / sum(seconds[shape] for shape in way[1])
