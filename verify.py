@@ -273,7 +273,7 @@ def time_passes(
 def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None) -> tuple[Decoding, bool]:
     """How to write AR's text fast on this device: by longer or shorter drafts, by drafts ahead, or by AR.
 
-    It follows from about a second of timed passes over `rows` rows, at most 8, and from the adapter's counts
+    It follows from a second or two of timed passes over `rows` rows, at most 8, and from the adapter's counts
     of held-out drafts. Where the margins are not reached it is AR. Returns resolved options, and whether a
     token's guess was the same to the bit in passes of all widths. Raises InputError for a model without an
     adapter that has counts.
