@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from checkpoint import Tokenizer
+from checkpoint import Tokenizer, require_written
 from commands.console import SHIPPED, sentence_of
-from commands.prompts import chat_ids, stream_answer
+from commands.prompts import stream_answer
 from fastdllm import Decoding, InputError, KVCache, Qwen2, Step, decode, require
 
 with suppress(ImportError):  # a history and editing keys for `input`, where the system has them
@@ -92,7 +92,9 @@ class Chat:
         Raises InputError where there is no room for it.
         """
         turn = {"role": "user", "content": question}
-        prompt = chat_ids([*self.messages, turn], None, self.tokenizer)
+        messages = [*self.messages, turn]
+        require_written(messages, self.tokenizer.render(messages))
+        prompt = self.tokenizer.chat(messages)
         most = self.model.config.max_position_embeddings
         room = most - len(prompt)
         require(room > 0, f"The conversation has outgrown the model's {most} positions; /clear it.")

@@ -77,14 +77,7 @@ def encode_prompt(
         first = messages[0].get("role")
         require(first != "system", "The messages have a system message already; leave --system out.")
         messages = [{"role": "system", "content": system}, *messages]
-    return chat_ids(messages, tools_of(request), tokenizer)
-
-
-def chat_ids(messages: list[dict], tools: list | None, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a chat. Raises InputError also where the template leaves a message out."""
-    text = tokenizer.render(messages, tools)
-    require_written(messages, text)
-    return tokenizer.encode(text)
+    return tokenizer.chat(messages, tools_of(request))
 
 
 def encode_prompts(
@@ -98,6 +91,8 @@ def encode_prompts(
     for place, request in requests.items():
         try:
             ids, most = encode_prompt(request, tokenizer, **options), config.max_position_embeddings
+            if request.get("prompt_ids") is None and (messages := request.get("messages")):
+                require_written(messages, tokenizer.render(messages, tools_of(request)))
             sizes = f"The prompt has {console.counted(len(ids), 'token')}, and the model {most} positions"
             require(len(ids) < most, f"{sizes}; shorten the prompt.")
             fits = len(ids) + decoding.max_new_tokens <= most

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import cli
 import train
 from checkpoint import load, load_tokenizer
-from commands.prompts import encode_prompt
-from fastdllm import InputError
+from commands.prompts import encode_prompts
+from fastdllm import Decoding, InputError
 
 
 def test_weights_that_are_there_twice_or_not_at_all_are_refused(folder):
@@ -51,7 +51,7 @@ def test_a_long_context_model_is_cut_to_its_trained_positions_with_one_note(fold
     assert "max position embeddings  512" in result.stdout
 
 
-def test_a_message_that_the_template_drops_is_refused(tmp_path):
+def test_a_message_that_the_template_drops_is_refused(tmp_path, shipped):
     shutil.copytree(ROOT / "tiny" / "checkpoint", tmp_path, dirs_exist_ok=True)
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
@@ -61,7 +61,8 @@ def test_a_message_that_the_template_drops_is_refused(tmp_path):
         tokenizer.chat([{"role": "system", "content": "Be brief."}, user])
     for role in ("human", "developer"):
         with pytest.raises(InputError, match=f"leaves the {role} message out"):
-            encode_prompt({"messages": [user, {"role": role, "content": "And\nnow?"}]}, tokenizer)
+            request = {"messages": [user, {"role": role, "content": "And\nnow?"}]}
+            encode_prompts({"line 1": request}, tokenizer, Decoding(), shipped[0].config)
 
 
 def test_a_mask_never_gets_the_id_of_a_stop_token(tmp_path):
