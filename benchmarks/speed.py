@@ -99,8 +99,9 @@ class FixedDrafts(Verified):
 
 class FixedDraftsRow(VerifiedRow):
     def take(self, step: Step, guesses: list[tuple[int, float]]) -> None:
-        kept = self.drafts[: self.decoding.guesses_per_pass]
-        super().take(step, [(draft.token, 1.0) for draft in kept] + guesses[len(kept) :])
+        drafts, count = [draft.token for draft in self.drafts], self.decoding.guesses_per_pass
+        said = drafts[:count] + [(token + 1) % 100 for token in drafts[count : count + 1]]  # refuses the next
+        super().take(step, [(token, 1.0) for token in said] + guesses[len(said) :])
 
 
 def random_model(config: Config, device: str, dtype: torch.dtype, seed: int = 0) -> Qwen2:
