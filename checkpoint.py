@@ -123,10 +123,9 @@ def require_written(messages: list[dict], text: str) -> None:
     text = "".join(text.split())
     for role, content in ((message["role"], message.get("content")) for message in messages):
         rewritten = role in ("assistant", "tool") or not isinstance(content, str)
-        left_out = (
-            f"The chat template leaves the {brief(role)} message out; put its text into another message."
-        )
-        require(rewritten or "".join(content.split()) in text, left_out)
+        left_out = f"The chat template leaves the {brief(role)} message out"
+        written = rewritten or "".join(content.split()) in text
+        require(written, f"{left_out}; put its text into another message.")
 
 
 # --- Tokenizer ---
@@ -154,10 +153,8 @@ class Tokenizer:
         bos = self.id(self.special.get("bos_token", "")) if settings.get("add_bos_token") else None
         self.begin = [] if bos is None else [bos]  # of a text that is no chat
         self.templates, self.template_source = {}, "none"  # the templates by name
-        own, chatml = (
-            files.get("chat_template.jinja", b"").decode("utf-8-sig"),
-            ("<|im_start|>", "<|im_end|>"),
-        )
+        own, chatml = files.get("chat_template.jinja", b""), ("<|im_start|>", "<|im_end|>")
+        own = own.decode("utf-8-sig")  # editors may put a byte order mark before it
         if template := own or settings.get("chat_template"):
             named = template if isinstance(template, list) else [{"name": "default", "template": template}]
             self.templates = {entry["name"]: entry["template"] for entry in named}

@@ -287,7 +287,7 @@ def choose_drafts(model: Qwen2, decoding: Verified, rows: int = 1, recorded=None
     names = {field.name: getattr(decoding, field.name) for field in fields(Decoding)}
     most = min(decoding.batch_size, SAME_BITS) if rounds_by_width(model) else decoding.batch_size
     ar = replace(Decoding(**names).resolve(model), batch_size=most)
-    # each way, its passes (known tokens, masks behind each), and the tokens that they write by its margin
+    # of each way the passes (known tokens, masks behind each), and the tokens that they write over the margin
     ways = [(ar, [(1, 0)], 1)]
     for width in widths:
         chain = replace(decoding, draft_width=width)
@@ -472,16 +472,9 @@ def load_adapter(model: Qwen2, path: str | Path) -> Qwen2:
     r, alpha, ids, width = map(raw.get, ("r", "lora_alpha", "trainable_token_indices", "draft_width"))
     ok = raw.get("peft_type") == "LORA" and raw.get("masks_only") is True
     require(ok, f"{folder}: is no adapter that is on at masks only; merge an ordinary one into its base.")
-    ok = (
-        type(r) is int
-        and isinstance(alpha, (int, float))
-        and math.isfinite(alpha)
-        and isinstance(ids, list)
-        and len(ids) == 1
-    )
-    require(
-        ok and type(ids[0]) is int, f"{folder}: needs r, lora_alpha and one id in trainable_token_indices."
-    )
+    one_id = isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int
+    ok = type(r) is int and isinstance(alpha, (int, float)) and math.isfinite(alpha) and one_id
+    require(ok, f"{folder}: needs r, lora_alpha and one id in trainable_token_indices.")
     most = c.max_position_embeddings
     ok = width is None or type(width) is int and 1 <= width <= most
     require(ok, f"{folder}: draft_width is {brief(width)}, it must be a whole number from 1 to {most}.")

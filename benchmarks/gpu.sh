@@ -16,9 +16,9 @@
 #                   dense attention keeps about 106 GB, so on 80 GB its row is missing
 #    90  runs       tiny model under torchrun, FSDP: three starts of 12, compiling, 24 steps of 0.3
 #   140  flex       tests that compile FlexAttention
-#   100  peers      1.5B, batch 1: Transformers takes 25 ms a token, 128 tokens 3.2; 3 batches of all ways 25;
-#                   weights, recordings and start 40
-# Together 505 of 540: peers, the last, may be cut off, and has then written the batches that it did.
+#   110  peers      1.5B, batch 1: Transformers takes 25 ms a token, 128 tokens 3.2; 3 batches of all ways, once to record, 50;
+#                   weights and start 40
+# Together 515 of 540: peers, the last, may be cut off, and has then written the batches that it did.
 # benchmarks/real.sh, which takes longer, is the paper's recipe on a real model.
 set -uo pipefail
 began=$SECONDS budget=${budget:-540}

@@ -93,8 +93,9 @@ class Chat:
         """
         turn = {"role": "user", "content": question}
         messages = [*self.messages, turn]
-        require_written(messages, self.tokenizer.render(messages))
-        prompt = self.tokenizer.chat(messages)
+        text = self.tokenizer.render(messages)
+        require_written(messages, text)
+        prompt = self.tokenizer.encode(text)
         most = self.model.config.max_position_embeddings
         room = most - len(prompt)
         require(room > 0, f"The conversation has outgrown the model's {most} positions; /clear it.")

@@ -105,6 +105,7 @@ def test_an_adapter_gives_a_plain_base_its_mask_or_the_first_free_id(saved, fold
 @pytest.mark.parametrize("change, sentence", [
     ({"r": 3}, "does not fit"),
     ({"r": "4"}, "needs r"),
+    ({"lora_alpha": float("nan")}, "needs r"),
     ({"masks_only": False}, "no adapter that is on at masks only"),
     ({"trainable_token_indices": None}, "one id"),
     ({"draft_width": 0}, "draft_width is 0"),

@@ -199,27 +199,17 @@ def test_a_layer_of_real_shape_gives_the_same_bits_in_windows_of_all_widths():
 # --- Choice ---
 
 # of each case: seconds of passes by (known tokens, masks behind each), and the way that is chosen
-FLAT = {
-    (1, 0): 1.0,
-    (1, 5): 1.2,
-    (6, 0): 1.1,
-    (1, 8): 1.25,
-    (9, 0): 1.15,
-    (4, 3): 1.25,
-}  # wide passes are nearly free
+# wide passes are nearly free
+FLAT = {(1, 0): 1.0, (1, 5): 1.2, (6, 0): 1.1, (1, 8): 1.25, (9, 0): 1.15, (4, 3): 1.25}
 CASES = [
     (FLAT, (3, True)),
     (FLAT | {(4, 3): 2.5}, (8, False)),
     (FLAT | {(4, 3): 1.36}, (8, False)),  # drafts ahead gain less than their margin
     (FLAT | {(1, 8): 1.6, (9, 0): 1.4, (4, 3): 2.5}, (5, False)),  # each token of a pass costs
-    (
-        FLAT | {(1, 5): 3.0, (6, 0): 3.0, (1, 8): 3.5, (9, 0): 3.4, (4, 3): 6.0},
-        (None, None),
-    ),  # a slow processor: AR
-    (
-        FLAT | {(1, 5): 2.2, (6, 0): 2.2, (1, 8): 2.6, (9, 0): 2.5, (4, 3): 6.0},
-        (None, None),
-    ),  # a gain of less than noise
+    # a slow processor: AR
+    (FLAT | {(1, 5): 3.0, (6, 0): 3.0, (1, 8): 3.5, (9, 0): 3.4, (4, 3): 6.0}, (None, None)),
+    # a gain of less than noise
+    (FLAT | {(1, 5): 2.2, (6, 0): 2.2, (1, 8): 2.6, (9, 0): 2.5, (4, 3): 6.0}, (None, None)),
 ]
 
 

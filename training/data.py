@@ -261,7 +261,7 @@ class Corpus:
         cls, data: Path, tokenizer: Tokenizer, mask: int | None, file: Path, broken: str = "refuse"
     ) -> "Corpus":
         """`read` into a file, unless that was done already. Where it fails the file stays as it was."""
-        made_of = f"{file_hash(data)} {sorted(tokenizer.files.items())} {mask} {broken}"
+        made_of = f"{file_hash(data)} {tokenizer_hash(tokenizer)} {mask} {broken}"
         digest = hashlib.sha256(made_of.encode()).digest()
         with suppress(OSError, SafetensorError), safe_open(file, "np") as old:  # may be missing or damaged
             if old.get_tensor("made_of").tobytes() == digest:
@@ -269,6 +269,11 @@ class Corpus:
         arrays = vars(cls.read(data, tokenizer, mask, broken)) | {"made_of": np.array([*digest], np.uint8)}
         write_tensors(file, {name: torch.from_numpy(array) for name, array in arrays.items()})
         return cls.open(file)
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """sha256 of its files, the chat template's among them."""
+    return hashlib.sha256(repr(sorted(tokenizer.files.items())).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -289,12 +289,10 @@ class Drafts:
         loss_sum, weight_sum, kept, groups = runs.total(sums, self.device)
         (loss / weight_sum).backward()
         if dist.is_initialized():
-            # one collective; a gradient may be transposed as its parameter is, which NCCL would refuse
-            grads = [p.grad for p in self.trained.values()]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-                grad.copy_(part.view_as(grad))
+            for p in self.trained.values():
+                total = p.grad.contiguous()  # it may be transposed as p is, which NCCL would refuse
+                dist.all_reduce(total)
+                p.grad.copy_(total)
         progress(len(rows))
         return {"draft_loss": loss_sum / weight_sum, "kept": kept / groups}
 

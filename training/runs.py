@@ -3,7 +3,6 @@
 `run` drives a `Job`: next-token training and the adaptation of train.py, the drafts of drafts.py.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from checkpoint import Tokenizer, brief, read_json, replace_file
 from commands.console import flag_of, options, own_device, say, threads, under
 from commands.prompts import lock_run
 from fastdllm import InputError, Qwen2, require
-from training.data import Corpus, file_hash
+from training.data import Corpus, file_hash, tokenizer_hash
 from verify import base_digest
 
 # --- Settings ---
@@ -272,8 +271,7 @@ def open_data(
         require(source.is_file(), f"{source}: is no file, and is read more than once; save it as one.")
 
     def prepare():
-        words = hashlib.sha256(repr(sorted(tokenizer.files.items())).encode()).hexdigest()
-        made_of = {"content": file_hash(data), "base_digest": digest, "tokenizer": words}
+        made_of = {"content": file_hash(data), "base_digest": digest, "tokenizer": tokenizer_hash(tokenizer)}
         file, now = out / "run.json", made_of | run
         results = (out / name for name in ("config.json", "adapter_config.json"))
         worth = checkpoints(out) or any(result.exists() for result in results)
