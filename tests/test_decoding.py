@@ -215,7 +215,7 @@ def test_bad_prompts_are_refused_before_anything_runs(untied, prompt, message):
 @pytest.mark.parametrize("knobs", [
     {"threshold": 1.1}, {"threshold": -0.1}, {"threshold": float("nan")}, {"cache": "triple"}, {"top_p": 2.0},
     {"max_new_tokens": None}, {"block_size": 8.0}, {"stop_token_ids": ("a",)}, {"stop_token_ids": 5},
-    {"seed": 2**70}, {"seed": -1}, {"max_new_tokens": 0}, {"top_p": None}, {"top_k": 0}, {"accept": "all"},
+    {"seed": 2**70}, {"seed": -1}, {"stop_token_ids": [-1]}, {"max_new_tokens": 0}, {"top_p": None}, {"top_k": 0}, {"accept": "all"},
     {"temperature": -1.0}, {"block_size": 10**6}, {"block_size": 0}, {"sub_block_size": 0}, {"batch_size": 0},
 ])  # fmt: skip
 def test_bad_options_are_refused(untied, knobs):
